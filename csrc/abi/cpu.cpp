@@ -1,0 +1,244 @@
+// bnb_cpu_*: check the arguments, turn enums into types, call the variant's kernel.
+
+#include <vector>
+
+#include "../bnb.h"
+#include "../common/codebooks.h"
+#include "../common/dtype.h"
+#include "../common/optimizer_rules.h"
+#include "../cpu/kernels.h"
+#include "../cpu/tiled_layout.h"
+#include "guard.h"
+
+namespace bnb {
+
+namespace {
+
+const FourBitFormat& format_of(bnb_format format) {
+    const FourBitFormat* found = find_format(format);
+    require(found != nullptr, "unknown 4-bit format ", int(format));
+    return *found;
+}
+
+template <class Body>
+void visit_or_refuse(bnb_dtype dtype, Body&& body) {
+    require(visit(dtype, body), "unknown dtype ", int(dtype));
+}
+
+// Sizes of data in blocks; the pointers may be null only if there is nothing to point to.
+void check_blocks(int64_t n, int64_t blocksize, bool pointers) {
+    require(n >= 0, "n must not be negative, got ", n);
+    require(blocksize > 0, "blocksize must be positive, got ", blocksize);
+    require(n == 0 || pointers, "null pointer for ", n, " values");
+}
+
+// Packed blocks must start at a byte.
+void check_4bit_blocks(int64_t n, int64_t blocksize, bool pointers) {
+    check_blocks(n, blocksize, pointers);
+    require(blocksize % 2 == 0, "blocksize must be even, got ", blocksize);
+}
+
+// The states a rule keeps, apart from state1.
+void check_optimizer(bnb_dtype g_dtype, bnb_dtype p_dtype, int64_t n, bnb_rule rule, bool pointers, bool state2) {
+    require(g_dtype == p_dtype, "g and p must have one dtype, got ", int(g_dtype), " and ", int(p_dtype));
+    require(n >= 0, "n must not be negative, got ", n);
+    require(n == 0 || pointers, "null pointer for ", n, " elements");
+    const bool known = visit_rule(rule, [&](auto found) {
+        using Rule = decltype(found);
+        require(n == 0 || state2 == (Rule::kStates > Rule::kFirst), "state2 does not fit rule ", int(rule));
+    });
+    require(known, "unknown optimizer rule ", int(rule));
+}
+
+}  // namespace
+
+}  // namespace bnb
+
+using namespace bnb;
+
+extern "C" {
+
+bnb_status bnb_cpu_quantize_4bit(
+    const void* values, bnb_dtype dtype, bnb_format format, uint8_t* packed, float* absmax, int64_t n,
+    int64_t blocksize, int32_t threads) {
+    return guarded("bnb_cpu_quantize_4bit", [&] {
+        check_4bit_blocks(n, blocksize, values && packed && absmax);
+        visit_or_refuse(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).quantize_4bit(
+                static_cast<const T*>(values), format_of(format), packed, absmax, n, blocksize, threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_dequantize_4bit(
+    const uint8_t* packed, const float* absmax, bnb_format format, void* values, bnb_dtype dtype, int64_t n,
+    int64_t blocksize, int32_t threads) {
+    return guarded("bnb_cpu_dequantize_4bit", [&] {
+        check_4bit_blocks(n, blocksize, values && packed && absmax);
+        visit_or_refuse(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).dequantize_4bit(
+                packed, absmax, format_of(format), static_cast<T*>(values), n, blocksize, threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_gemm_4bit(
+    const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const float* code, const void* bias,
+    void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t threads) {
+    return guarded("bnb_cpu_gemm_4bit", [&] {
+        require(M >= 0 && N >= 0 && K >= 0, "M, N, K must not be negative, got ", M, ", ", N, ", ", K);
+        check_4bit_blocks(N * K, blocksize, packed && absmax && code);
+        require(M * N == 0 || (out && (K == 0 || A)), "null pointer for A or out");
+        visit_or_refuse(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).gemm_4bit(
+                {static_cast<const T*>(A), packed, absmax, code, static_cast<const T*>(bias), static_cast<T*>(out), M,
+                 N, K, blocksize},
+                threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_quantize_blockwise(
+    const float* code, const void* values, bnb_dtype dtype, uint8_t* codes, float* absmax, int64_t n, int64_t blocksize,
+    int32_t threads) {
+    return guarded("bnb_cpu_quantize_blockwise", [&] {
+        check_blocks(n, blocksize, code && values && codes && absmax);
+        visit_or_refuse(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).quantize_blockwise(
+                code, static_cast<const T*>(values), codes, absmax, n, blocksize, threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_dequantize_blockwise(
+    const float* code, const uint8_t* codes, const float* absmax, void* values, bnb_dtype dtype, int64_t n,
+    int64_t blocksize, int32_t threads) {
+    return guarded("bnb_cpu_dequantize_blockwise", [&] {
+        check_blocks(n, blocksize, code && values && codes && absmax);
+        visit_or_refuse(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).dequantize_blockwise(code, codes, absmax, static_cast<T*>(values), n, blocksize, threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_int8_vectorwise_quant(
+    const void* A, bnb_dtype dtype, int8_t* quantized, float* row_stats, uint8_t* outlier_cols, int64_t rows,
+    int64_t cols, float threshold, int32_t threads) {
+    return guarded("bnb_cpu_int8_vectorwise_quant", [&] {
+        require(rows >= 0 && cols >= 0, "rows and cols must not be negative, got ", rows, ", ", cols);
+        require(threshold >= 0.0f, "threshold must not be negative, got ", threshold);
+        require(rows == 0 || row_stats, "null pointer for row_stats");
+        require(rows * cols == 0 || (A && quantized), "null pointer for A or quantized");
+        require(threshold == 0.0f || cols == 0 || outlier_cols, "outlier_cols is required with a threshold");
+        visit_or_refuse(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            // Magnitudes are compared as values of A's dtype, so the threshold is rounded to it.
+            const float rounded = to_float(from_float<T>(threshold));
+            kernels().of(tag).int8_vectorwise_quant(
+                static_cast<const T*>(A), quantized, row_stats, threshold > 0.0f ? outlier_cols : nullptr, rows, cols,
+                rounded, threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_optimizer_update_32bit(
+    const void* g, bnb_dtype g_dtype, void* p, bnb_dtype p_dtype, float* state1, float* state2, float* unorm, int64_t n,
+    bnb_rule rule, const bnb_optimizer_config* config, int32_t threads) {
+    return guarded("bnb_cpu_optimizer_update_32bit", [&] {
+        check_optimizer(g_dtype, p_dtype, n, rule, g && p && state1 && config, state2 != nullptr);
+        visit_or_refuse(p_dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).optimizer_update_32bit(
+                {static_cast<const T*>(g), static_cast<T*>(p), state1, state2, unorm, n, rule, config}, threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_optimizer_update_4bit_blockwise(
+    const void* g, bnb_dtype g_dtype, const float* qmap1, const float* qmap2, void* p, bnb_dtype p_dtype,
+    uint8_t* state1, uint8_t* state2, float* absmax1, float* absmax2, int64_t n, bnb_rule rule,
+    const bnb_optimizer_config* config, int64_t key, int32_t threads) {
+    return guarded("bnb_cpu_optimizer_update_4bit_blockwise", [&] {
+        const bool pointers = g && p && state1 && qmap1 && absmax1 && config && (!state2 || (qmap2 && absmax2));
+        check_optimizer(g_dtype, p_dtype, n, rule, pointers, state2 != nullptr);
+        require(rule != BNB_RULE_ADEMAMIX, "no 4-bit state for rule ", int(rule));
+        visit_or_refuse(p_dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).optimizer_update_4bit(
+                {static_cast<const T*>(g), qmap1, qmap2, static_cast<T*>(p), state1, state2, absmax1, absmax2, n, rule,
+                 config, key},
+                threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_round_to_bfloat16(
+    const float* values, void* rounded, int64_t n, int64_t key, int64_t offset, int32_t threads) {
+    return guarded("bnb_cpu_round_to_bfloat16", [&] {
+        require(n >= 0, "n must not be negative, got ", n);
+        require(n == 0 || (values && rounded), "null pointer for ", n, " elements");
+        kernels().round_to_bfloat16(values, static_cast<BFloat16*>(rounded), n, key, offset, threads);
+    });
+}
+
+bnb_status bnb_cpu_optimizer_update_8bit_blockwise(
+    const void* g, bnb_dtype g_dtype, const float* qmap1, const float* qmap2, void* p, bnb_dtype p_dtype,
+    uint8_t* state1, uint8_t* state2, float* absmax1, float* absmax2, int64_t n, bnb_rule rule,
+    const bnb_optimizer_config* config, int32_t threads) {
+    return guarded("bnb_cpu_optimizer_update_8bit_blockwise", [&] {
+        const bool pointers = g && p && state1 && qmap1 && absmax1 && config && (!state2 || (qmap2 && absmax2));
+        check_optimizer(g_dtype, p_dtype, n, rule, pointers, state2 != nullptr);
+        visit_or_refuse(p_dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).optimizer_update_8bit(
+                {static_cast<const T*>(g), qmap1, qmap2, static_cast<T*>(p), state1, state2, absmax1, absmax2, n, rule,
+                 config},
+                threads);
+        });
+    });
+}
+
+bool bnb_cpu_has_avx512f(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_supports("avx512f");
+#else
+    return false;
+#endif
+}
+
+bool bnb_cpu_has_avx512bf16(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+bnb_status bnb_cpu_gemm_4bit_tiled(
+    const void* x, const uint8_t* tiles, const void* absmax, bnb_format format, void* out, int64_t M, int64_t N,
+    int64_t K, int64_t blocksize, int64_t x_stride, int64_t out_stride, int32_t threads) {
+    return guarded("bnb_cpu_gemm_4bit_tiled", [&] {
+        require(M >= 0 && N >= 0 && K >= 0, "M, N, K must not be negative, got ", M, ", ", N, ", ", K);
+        check_4bit_blocks(N * K, blocksize, tiles && absmax);
+        require(N % 32 == 0, "N must be a multiple of 32, got ", N);
+        require(K % blocksize == 0, "K must be a multiple of blocksize ", blocksize, ", got ", K);
+        require(M * N == 0 || (x && out), "null pointer for x or out");
+        const FourBitFormat& table = format_of(format);
+        std::vector<uint8_t> packed(static_cast<size_t>(N * K / 2));
+        std::vector<float> scales(static_cast<size_t>(N * K / blocksize));
+        untile_4bit(tiles, static_cast<const BFloat16*>(absmax), packed.data(), scales.data(), N, K, K / blocksize);
+        for (int64_t m = 0; m < M; ++m) {
+            const BFloat16* row = static_cast<const BFloat16*>(x) + m * x_stride;
+            BFloat16* target = static_cast<BFloat16*>(out) + m * out_stride;
+            kernels().bfloat16.gemm_4bit(
+                {row, packed.data(), scales.data(), table.values, nullptr, target, 1, N, K, blocksize}, threads);
+        }
+    });
+}
+
+}  // extern "C"

@@ -1,0 +1,8 @@
+// bnb_cuda_gemm_4bit_plan: part of every build, since it asks no device.
+
+#include "../cuda/gemm_4bit/plan.h"
+
+extern "C" int32_t bnb_cuda_gemm_4bit_plan(
+    bnb_dtype dtype, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t capability, int32_t multiprocessors) {
+    return bnb::plan_gemm_4bit({dtype, M, N, K, blocksize}, {capability, multiprocessors});
+}

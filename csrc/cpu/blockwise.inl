@@ -1,0 +1,82 @@
+// 8-bit block-wise quantization with an arbitrary ascending map, and its inverse.
+//
+// Bound by the look-ups (two gathers per vector to encode, one to decode) rather than by memory. Blocks run over the
+// flattened tensor; the block size is any positive number.
+
+#include "map_encoder.inl"
+
+BNB_NAMESPACE_BEGIN
+
+constexpr int64_t kBlockwiseGrain = 1 << 14;
+
+// Largest magnitude of n values; NaN if there is one.
+template <class T>
+float largest_magnitude(const T* values, int64_t n) {
+    I32 best = broadcast(int32_t(0));
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) best = max(best, magnitude_bits(load(values + i)));
+    if (i < n) best = max(best, magnitude_bits(load_partial(values + i, n - i)));
+    return bits_float(static_cast<uint32_t>(reduce_max(best)));
+}
+
+// Encode one block; scale(x) divides a vector by the block's magnitude.
+template <class T, class Scale>
+BNB_INLINE void encode_8bit_block(
+    const MapEncoder& encoder, const T* values, uint8_t* codes, int64_t n, const Scale& scale) {
+    const F32 low = broadcast(-1.0f), high = broadcast(1.0f);
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+        store_u8(codes + i, encoder.encode(clamp(scale(load(values + i)), low, high)));
+    }
+    if (i < n) {
+        uint8_t padded[kWidth];
+        store_u8(padded, encoder.encode(clamp(scale(load_partial(values + i, n - i)), low, high)));
+        memcpy(codes + i, padded, static_cast<size_t>(n - i));
+    }
+}
+
+template <class T>
+void quantize_blockwise(
+    const float* code, const T* values, uint8_t* codes, float* absmax, int64_t n, int64_t blocksize, int32_t threads) {
+    const MapEncoder encoder(code, n);
+    const int64_t blocks = n / blocksize + (n % blocksize != 0);
+    parallel_for(blocks, kBlockwiseGrain / blocksize + 1, threads, [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; ++block) {
+            const int64_t begin = block * blocksize;
+            const bool whole = n - begin >= blocksize;
+            const int64_t count = whole ? blocksize : n - begin;
+            const float largest = largest_magnitude(values + begin, count);
+            const float floored = floored_absmax(largest);
+            absmax[block] = whole ? largest : floored;
+            if (whole) {
+                const F32 factor = broadcast(1.0f / floored);
+                encode_8bit_block(encoder, values + begin, codes + begin, count, [&](F32 x) { return x * factor; });
+            } else {
+                const F32 divisor = broadcast(floored);
+                encode_8bit_block(encoder, values + begin, codes + begin, count, [&](F32 x) { return x / divisor; });
+            }
+        }
+    });
+}
+
+template <class T>
+void dequantize_blockwise(
+    const float* code, const uint8_t* codes, const float* absmax, T* values, int64_t n, int64_t blocksize,
+    int32_t threads) {
+    parallel_for(n, kBlockwiseGrain, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end;) {
+            const int64_t block = i / blocksize;
+            const int64_t stop = end - block * blocksize < blocksize ? end : (block + 1) * blocksize;
+            const F32 scale = broadcast(absmax[block]);
+            for (; i + kWidth <= stop; i += kWidth) store(values + i, gather(code, load_u8(codes + i)) * scale);
+            if (i < stop) {
+                uint8_t padded[kWidth] = {};
+                memcpy(padded, codes + i, static_cast<size_t>(stop - i));
+                store_partial(values + i, gather(code, load_u8(padded)) * scale, stop - i);
+                i = stop;
+            }
+        }
+    });
+}
+
+BNB_NAMESPACE_END

@@ -1,0 +1,92 @@
+// Which instruction set runs: candidates best first, each with its test; the first that passes is used.
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "../common/error.h"
+#include "kernels.h"
+
+namespace bnb {
+
+#define BNB_DECLARE_VARIANT(set)          \
+    namespace set {                       \
+    extern const Kernels variant_kernels; \
+    }
+#ifdef BNB_HAVE_AVX512
+BNB_DECLARE_VARIANT(avx512)
+#endif
+#ifdef BNB_HAVE_AVX2
+BNB_DECLARE_VARIANT(avx2)
+#endif
+#ifdef BNB_HAVE_NEON
+BNB_DECLARE_VARIANT(neon)
+#endif
+BNB_DECLARE_VARIANT(scalar)
+#undef BNB_DECLARE_VARIANT
+
+namespace {
+
+struct Candidate {
+    const Kernels* kernels;
+    bool (*runs_here)();
+};
+
+const Candidate kCandidates[] = {
+#ifdef BNB_HAVE_AVX512
+    {&avx512::variant_kernels,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("fma");
+     }},
+#endif
+#ifdef BNB_HAVE_AVX2
+    {&avx2::variant_kernels,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+#endif
+#ifdef BNB_HAVE_NEON
+    {&neon::variant_kernels, [] { return true; }},
+#endif
+    {&scalar::variant_kernels, [] { return true; }},
+};
+
+struct Choice {
+    const Kernels* kernels = nullptr;
+    std::string available;
+    std::string forced;
+
+    Choice() {
+        const char* wanted = std::getenv("BNB_CPU_ISA");
+        if (wanted) forced = wanted;
+        for (const Candidate& candidate : kCandidates) {
+            if (!candidate.runs_here()) continue;
+            available += (available.empty() ? "" : ",") + std::string(candidate.kernels->name);
+            const bool fits = forced.empty() || forced == candidate.kernels->name;
+            if (!kernels && fits) kernels = candidate.kernels;
+        }
+    }
+};
+
+const Choice& choice() {
+    static const Choice chosen;
+    return chosen;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    const Choice& chosen = choice();
+    if (!chosen.kernels) {
+        throw Error(
+            BNB_STATUS_UNSUPPORTED,
+            text("BNB_CPU_ISA=", chosen.forced, " cannot run here; available: ", chosen.available));
+    }
+    return *chosen.kernels;
+}
+
+const Kernels* find_kernels() noexcept { return choice().kernels; }
+
+const char* available_variants() noexcept { return choice().available.c_str(); }
+
+}  // namespace bnb

@@ -1,0 +1,112 @@
+// The table of function pointers that every instruction set fills (variant.cpp) and dispatch.cpp chooses from.
+//
+// Kernels trust their arguments: abi/cpu.cpp has checked them. They own nothing; results do not depend on the
+// number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/codebooks.h"
+#include "../common/dtype.h"
+
+namespace bnb {
+
+// out [M, N] = A [M, K] times the transpose of a packed weight [N, K], plus an optional bias [N].
+template <class T>
+struct GemmProblem {
+    const T* A;
+    const uint8_t* packed;
+    const float* absmax;
+    const float* code;
+    const T* bias;
+    T* out;
+    int64_t M, N, K, blocksize;
+};
+
+// One optimizer step on n elements. Which states there are follows from the rule; unorm may be null.
+template <class T>
+struct Update32bit {
+    const T* g;
+    T* p;
+    float* state1;
+    float* state2;
+    float* unorm;
+    int64_t n;
+    bnb_rule rule;
+    const bnb_optimizer_config* config;
+};
+
+template <class T>
+struct Update8bit {
+    const T* g;
+    const float* qmap1;
+    const float* qmap2;
+    T* p;
+    uint8_t* state1;
+    uint8_t* state2;
+    float* absmax1;
+    float* absmax2;
+    int64_t n;
+    bnb_rule rule;
+    const bnb_optimizer_config* config;
+};
+
+template <class T>
+struct Update4bit {
+    const T* g;
+    const float* qmap1;
+    const float* qmap2;
+    T* p;
+    uint8_t* state1;
+    uint8_t* state2;
+    float* absmax1;
+    float* absmax2;
+    int64_t n;
+    bnb_rule rule;
+    const bnb_optimizer_config* config;
+    int64_t key;
+};
+
+// Kernels that exist once per element type.
+template <class T>
+struct TypedKernels {
+    void (*quantize_4bit)(
+        const T* values, const FourBitFormat& format, uint8_t* packed, float* absmax, int64_t n, int64_t blocksize,
+        int32_t threads);
+    void (*dequantize_4bit)(
+        const uint8_t* packed, const float* absmax, const FourBitFormat& format, T* values, int64_t n,
+        int64_t blocksize, int32_t threads);
+    void (*gemm_4bit)(const GemmProblem<T>& problem, int32_t threads);
+    void (*quantize_blockwise)(
+        const float* code, const T* values, uint8_t* codes, float* absmax, int64_t n, int64_t blocksize,
+        int32_t threads);
+    void (*dequantize_blockwise)(
+        const float* code, const uint8_t* codes, const float* absmax, T* values, int64_t n, int64_t blocksize,
+        int32_t threads);
+    void (*int8_vectorwise_quant)(
+        const T* A, int8_t* quantized, float* row_stats, uint8_t* outlier_cols, int64_t rows, int64_t cols,
+        float threshold, int32_t threads);
+    void (*optimizer_update_32bit)(const Update32bit<T>& problem, int32_t threads);
+    void (*optimizer_update_8bit)(const Update8bit<T>& problem, int32_t threads);
+    void (*optimizer_update_4bit)(const Update4bit<T>& problem, int32_t threads);
+};
+
+struct Kernels {
+    const char* name;
+    TypedKernels<float> float32;
+    TypedKernels<Half> float16;
+    TypedKernels<BFloat16> bfloat16;
+    void (*round_to_bfloat16)(
+        const float* values, BFloat16* rounded, int64_t n, int64_t key, int64_t offset, int32_t threads);
+
+    const TypedKernels<float>& of(TypeTag<float>) const { return float32; }
+    const TypedKernels<Half>& of(TypeTag<Half>) const { return float16; }
+    const TypedKernels<BFloat16>& of(TypeTag<BFloat16>) const { return bfloat16; }
+};
+
+// The chosen kernels: the best this machine runs, or those BNB_CPU_ISA names. Decided at the first call.
+const Kernels& kernels();                // throws if BNB_CPU_ISA cannot be honoured
+const Kernels* find_kernels() noexcept;  // null then
+const char* available_variants() noexcept;
+
+}  // namespace bnb

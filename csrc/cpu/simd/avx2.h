@@ -1,0 +1,166 @@
+// AVX2 with FMA and F16C: eight lanes.
+#pragma once
+
+#include <immintrin.h>
+
+BNB_NAMESPACE_BEGIN
+
+constexpr int kWidth = 8;
+
+struct F32 {
+    __m256 v;
+};
+
+struct I32 {
+    __m256i v;
+};
+
+BNB_INLINE F32 broadcast(float value) { return {_mm256_set1_ps(value)}; }
+BNB_INLINE I32 broadcast(int32_t value) { return {_mm256_set1_epi32(value)}; }
+
+BNB_INLINE F32 load(const float* source) { return {_mm256_loadu_ps(source)}; }
+
+BNB_INLINE F32 load(const Half* source) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)))};
+}
+
+BNB_INLINE F32 load(const BFloat16* source) {
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
+}
+
+BNB_INLINE void store(float* target, F32 x) { _mm256_storeu_ps(target, x.v); }
+
+BNB_INLINE void store(Half* target, F32 x) {
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// Halves of eight 32-bit lanes, narrowed without saturation taking effect.
+BNB_INLINE __m128i narrow_u16(__m256i x) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+}
+
+BNB_INLINE void store(BFloat16* target, F32 x) {
+    const __m256i raw = _mm256_castps_si256(x.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(raw, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(raw, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+    const __m256i upper = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), narrow_u16(upper));
+}
+
+BNB_INLINE I32 load_u8(const uint8_t* source) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)))};
+}
+
+BNB_INLINE __m128i narrow_u8(I32 x) {
+    const __m128i halves = narrow_u16(x.v);
+    return _mm_packus_epi16(halves, halves);
+}
+
+BNB_INLINE void store_u8(uint8_t* target, I32 x) { _mm_storel_epi64(reinterpret_cast<__m128i*>(target), narrow_u8(x)); }
+
+BNB_INLINE void store_i8(int8_t* target, I32 x) {
+    const __m256i low = _mm256_and_si256(x.v, _mm256_set1_epi32(255));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(target), narrow_u8({low}));
+}
+
+BNB_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+BNB_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+BNB_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+BNB_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+BNB_INLINE F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.v)}; }
+BNB_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+// min and max return their second operand when either is NaN.
+BNB_INLINE F32 clamp(F32 x, F32 low, F32 high) { return {_mm256_max_ps(low.v, _mm256_min_ps(high.v, x.v))}; }
+
+BNB_INLINE I32 operator+(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+BNB_INLINE I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+BNB_INLINE I32 operator&(I32 a, I32 b) { return {_mm256_and_si256(a.v, b.v)}; }
+BNB_INLINE I32 operator|(I32 a, I32 b) { return {_mm256_or_si256(a.v, b.v)}; }
+BNB_INLINE I32 min(I32 a, I32 b) { return {_mm256_min_epi32(a.v, b.v)}; }
+BNB_INLINE I32 max(I32 a, I32 b) { return {_mm256_max_epi32(a.v, b.v)}; }
+
+template <int k>
+BNB_INLINE I32 shift_left(I32 a) {
+    return {_mm256_slli_epi32(a.v, k)};
+}
+
+template <int k>
+BNB_INLINE I32 shift_right(I32 a) {
+    return {_mm256_srli_epi32(a.v, k)};
+}
+
+BNB_INLINE I32 bits(F32 x) { return {_mm256_castps_si256(x.v)}; }
+BNB_INLINE F32 from_bits(I32 x) { return {_mm256_castsi256_ps(x.v)}; }
+
+BNB_INLINE I32 nan_mask(F32 x) { return {_mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))}; }
+BNB_INLINE I32 at_least_mask(F32 a, F32 b) { return {_mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))}; }
+
+BNB_INLINE F32 select(I32 mask, F32 yes, F32 no) {
+    return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(mask.v))};
+}
+
+BNB_INLINE I32 select(I32 mask, I32 yes, I32 no) { return {_mm256_blendv_epi8(no.v, yes.v, mask.v)}; }
+
+BNB_INLINE I32 round_to_int(F32 x) { return {_mm256_cvtps_epi32(x.v)}; }
+
+BNB_INLINE I32 descend(I32 index, F32 x, F32 threshold) {
+    const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x.v, threshold.v, _CMP_NLE_UQ));
+    return {_mm256_sub_epi32(_mm256_add_epi32(index.v, index.v), above)};
+}
+
+struct Table8 {
+    __m256 v;
+    explicit Table8(const float* values) : v(_mm256_loadu_ps(values)) {}
+};
+
+struct Table16 {
+    __m256 low, high;
+    explicit Table16(const float* values) : low(_mm256_loadu_ps(values)), high(_mm256_loadu_ps(values + 8)) {}
+};
+
+BNB_INLINE F32 lookup(const Table8& table, I32 index) { return {_mm256_permutevar8x32_ps(table.v, index.v)}; }
+
+BNB_INLINE F32 lookup(const Table16& table, I32 index) {
+    const __m256 low = _mm256_permutevar8x32_ps(table.low, index.v);
+    const __m256 high = _mm256_permutevar8x32_ps(table.high, index.v);
+    return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)))};
+}
+
+BNB_INLINE F32 gather(const float* table, I32 index) { return {_mm256_i32gather_ps(table, index.v, 4)}; }
+
+BNB_INLINE I32 gather_u8(const uint8_t* table, I32 index) {
+    return I32{_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), index.v, 1)} & broadcast(int32_t(255));
+}
+
+// Each byte lands in two neighbouring lanes; the even one shifts its high nibble down.
+BNB_INLINE I32 unpack_4bit(const uint8_t* packed) {
+    int32_t raw;
+    memcpy(&raw, packed, sizeof(raw));
+    const __m128i bytes = _mm_cvtsi32_si128(raw);
+    const __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes));
+    return {_mm256_and_si256(_mm256_srlv_epi32(twice, _mm256_set1_epi64x(4)), _mm256_set1_epi32(15))};
+}
+
+BNB_INLINE void pack_4bit(uint8_t* packed, I32 codes) {
+    const __m128i pairs = _mm_maddubs_epi16(narrow_u8(codes), _mm_set1_epi16(0x0110));  // 16 * even + odd
+    const int32_t raw = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
+    memcpy(packed, &raw, sizeof(raw));
+}
+
+BNB_INLINE float reduce_add(F32 x) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
+}
+
+BNB_INLINE int32_t reduce_max(I32 x) {
+    __m128i best = _mm_max_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+    best = _mm_max_epi32(best, _mm_shuffle_epi32(best, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(best, _mm_shuffle_epi32(best, 0xb1)));
+}
+
+BNB_NAMESPACE_END

@@ -1,0 +1,145 @@
+// AVX-512 F, BW, DQ, VL: sixteen lanes. Converting to bfloat16 uses integer rounding, because the instruction of
+// AVX512-BF16 flushes denormals.
+#pragma once
+
+#include <immintrin.h>
+
+BNB_NAMESPACE_BEGIN
+
+constexpr int kWidth = 16;
+
+struct F32 {
+    __m512 v;
+};
+
+struct I32 {
+    __m512i v;
+};
+
+BNB_INLINE F32 broadcast(float value) { return {_mm512_set1_ps(value)}; }
+BNB_INLINE I32 broadcast(int32_t value) { return {_mm512_set1_epi32(value)}; }
+
+BNB_INLINE F32 load(const float* source) { return {_mm512_loadu_ps(source)}; }
+
+BNB_INLINE F32 load(const Half* source) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
+}
+
+BNB_INLINE F32 load(const BFloat16* source) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+
+BNB_INLINE void store(float* target, F32 x) { _mm512_storeu_ps(target, x.v); }
+
+BNB_INLINE void store(Half* target, F32 x) {
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(target), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+BNB_INLINE void store(BFloat16* target, F32 x) {
+    const __m512i raw = _mm512_castps_si512(x.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(raw, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(raw, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+    const __m512i upper = _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(rounded, 16), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi32_epi16(upper));
+}
+
+BNB_INLINE I32 load_u8(const uint8_t* source) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)))};
+}
+
+BNB_INLINE void store_u8(uint8_t* target, I32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtepi32_epi8(x.v));
+}
+
+BNB_INLINE void store_i8(int8_t* target, I32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtepi32_epi8(x.v));
+}
+
+BNB_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+BNB_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+BNB_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+BNB_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+BNB_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
+BNB_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+// min and max return their second operand when either is NaN.
+BNB_INLINE F32 clamp(F32 x, F32 low, F32 high) { return {_mm512_max_ps(low.v, _mm512_min_ps(high.v, x.v))}; }
+
+BNB_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+BNB_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+BNB_INLINE I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+BNB_INLINE I32 operator|(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
+BNB_INLINE I32 min(I32 a, I32 b) { return {_mm512_min_epi32(a.v, b.v)}; }
+BNB_INLINE I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+
+template <int k>
+BNB_INLINE I32 shift_left(I32 a) {
+    return {_mm512_slli_epi32(a.v, k)};
+}
+
+template <int k>
+BNB_INLINE I32 shift_right(I32 a) {
+    return {_mm512_srli_epi32(a.v, k)};
+}
+
+BNB_INLINE I32 bits(F32 x) { return {_mm512_castps_si512(x.v)}; }
+BNB_INLINE F32 from_bits(I32 x) { return {_mm512_castsi512_ps(x.v)}; }
+
+BNB_INLINE I32 nan_mask(F32 x) { return {_mm512_movm_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q))}; }
+BNB_INLINE I32 at_least_mask(F32 a, F32 b) { return {_mm512_movm_epi32(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ))}; }
+
+BNB_INLINE F32 select(I32 mask, F32 yes, F32 no) {
+    return {_mm512_mask_blend_ps(_mm512_movepi32_mask(mask.v), no.v, yes.v)};
+}
+
+BNB_INLINE I32 select(I32 mask, I32 yes, I32 no) {
+    return {_mm512_mask_blend_epi32(_mm512_movepi32_mask(mask.v), no.v, yes.v)};
+}
+
+BNB_INLINE I32 round_to_int(F32 x) { return {_mm512_cvtps_epi32(x.v)}; }
+
+BNB_INLINE I32 descend(I32 index, F32 x, F32 threshold) {
+    const __mmask16 above = _mm512_cmp_ps_mask(x.v, threshold.v, _CMP_NLE_UQ);
+    const __m512i doubled = _mm512_add_epi32(index.v, index.v);
+    return {_mm512_mask_add_epi32(doubled, above, doubled, _mm512_set1_epi32(1))};
+}
+
+struct Table8 {
+    __m512 v;
+    explicit Table8(const float* values) : v(_mm512_broadcast_f32x8(_mm256_loadu_ps(values))) {}
+};
+
+struct Table16 {
+    __m512 v;
+    explicit Table16(const float* values) : v(_mm512_loadu_ps(values)) {}
+};
+
+BNB_INLINE F32 lookup(const Table8& table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
+BNB_INLINE F32 lookup(const Table16& table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
+BNB_INLINE F32 gather(const float* table, I32 index) { return {_mm512_i32gather_ps(index.v, table, 4)}; }
+
+BNB_INLINE I32 gather_u8(const uint8_t* table, I32 index) {
+    return I32{_mm512_i32gather_epi32(index.v, table, 1)} & broadcast(int32_t(255));
+}
+
+// Each byte lands in two neighbouring lanes; the even one shifts its high nibble down.
+BNB_INLINE I32 unpack_4bit(const uint8_t* packed) {
+    const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
+    const __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(raw, raw));
+    const __m512i shifts = _mm512_set1_epi64(4);
+    return {_mm512_and_si512(_mm512_srlv_epi32(twice, shifts), _mm512_set1_epi32(15))};
+}
+
+BNB_INLINE void pack_4bit(uint8_t* packed, I32 codes) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(codes.v);
+    const __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x0110));  // 16 * even + odd
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm_packus_epi16(pairs, pairs));
+}
+
+BNB_INLINE float reduce_add(F32 x) { return _mm512_reduce_add_ps(x.v); }
+BNB_INLINE int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32(x.v); }
+
+BNB_NAMESPACE_END

@@ -1,0 +1,53 @@
+// The vector every CPU kernel is written in: kWidth floats (F32) or 32-bit integers (I32) of one instruction set.
+//
+// Each set provides, with the same results bit for bit:
+//
+//   broadcast(float | int32_t)           load(const T*), store(T*, F32)      T: float, Half, BFloat16; unaligned
+//   load_u8(const uint8_t*) -> I32       store_u8(uint8_t*, I32 in 0..255)   store_i8(int8_t*, I32 in -128..127)
+//   F32: + - * /, sqrt, fma(a, b, c) = a * b + c (rounding once or twice), clamp(x, low, high) keeping NaN
+//   I32: + - & |, min, max, shift_left<k>, shift_right<k> (logical), bits(F32), from_bits(I32)
+//   masks are I32, all ones or zero:     nan_mask(x)   at_least_mask(a, b) = a >= b   select(mask, yes, no)
+//   round_to_int(F32): ties to even; a NaN gives any value
+//   descend(index, x, t): 2 * index + !(x <= t), one level of a binary search where NaN goes right
+//   Table8, Table16: 8 or 16 floats in registers; lookup(table, I32)
+//   gather(const float*, I32), gather_u8(const uint8_t*, I32): the latter may read 3 bytes past the entry
+//   unpack_4bit(const uint8_t*): kWidth / 2 bytes -> kWidth codes, high nibble first; pack_4bit the inverse
+//   reduce_add(F32), reduce_max(I32)
+//
+// A trick only one set knows goes into that set's file, behind a name that all of them have.
+#pragma once
+
+#include "../../common/dtype.h"
+#include "../../common/encode.h"
+
+#if defined(BNB_SIMD_AVX512)
+#include "avx512.h"
+#elif defined(BNB_SIMD_AVX2)
+#include "avx2.h"
+#elif defined(BNB_SIMD_NEON)
+#include "neon.h"
+#else
+#include "scalar.h"
+#endif
+
+BNB_NAMESPACE_BEGIN
+
+// |x| as an integer: magnitudes order like their bits, and NaN is above infinity, so it wins every max.
+BNB_INLINE I32 magnitude_bits(F32 x) { return bits(x) & broadcast(int32_t(0x7fffffff)); }
+
+// The first `count` < kWidth elements, the others zero; reads nothing beyond them.
+template <class T>
+BNB_INLINE F32 load_partial(const T* source, int64_t count) {
+    T padded[kWidth] = {};
+    memcpy(padded, source, static_cast<size_t>(count) * sizeof(T));
+    return load(padded);
+}
+
+template <class T>
+BNB_INLINE void store_partial(T* target, F32 x, int64_t count) {
+    T padded[kWidth];
+    store(padded, x);
+    memcpy(target, padded, static_cast<size_t>(count) * sizeof(T));
+}
+
+BNB_NAMESPACE_END
