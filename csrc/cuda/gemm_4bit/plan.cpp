@@ -1,0 +1,76 @@
+// One table decides which 4-bit matmul runs, and in which shape. No device is asked, so it can be tested anywhere.
+//
+// Few tokens: the weight is what is read, and the tensor-core kernel reads its 4 bits once; what it does not take goes
+// through the plain kernel if the tokens are very few. Many tokens: arithmetic dominates, so the weight is decoded once
+// and the vendor's matmul multiplies. So it is where blocks straddle rows, of which the operator warns.
+
+#include "plan.h"
+
+#include "tuning.h"
+
+namespace bnb {
+
+namespace {
+
+// The first row that the problem and the device fit counts. Measured on an H200:
+// benchmarking/results/2026-11-21-gemm-4bit-nvidia-h200.json.
+struct Choice {
+    int64_t tokens;   // at most
+    int64_t weights;  // N * K, at least
+    int tuning;       // a position in kMmaTunings
+};
+
+constexpr int64_t kLarge = int64_t(24) << 20;
+
+constexpr Choice kChoices[] = {
+    {1, kLarge, 1}, {8, 0, 0}, {8, 0, 2}, {16, kLarge, 4}, {16, 0, 3}, {16, 0, 5}, {32, 0, 6},
+};
+
+// Shared memory that a CTA can have.
+int shared_memory_kb(int capability) {
+    switch (capability) {
+        case 80:
+        case 87: return 163;
+        case 90:
+        case 100:
+        case 103:
+        case 110: return 227;
+        default: return capability >= 80 ? 99 : 0;  // 86, 89, 120, 121
+    }
+}
+
+bool fits(int tuning, const GemmDevice& device) {
+    return MmaShared(kMmaTunings[tuning], true).bytes() <= shared_memory_kb(device.capability) * 1024;
+}
+
+constexpr int64_t kMaxSize = int64_t(1) << 30;  // of a dimension, which then fits an int with room to spare
+constexpr int64_t kSimtTokens = 4;              // it decodes the weight once for as many
+constexpr int64_t kMaxSimtTokens = 4 * 65535;
+
+}  // namespace
+
+bool can_multiply_with_simt(const GemmProblem& p) {
+    const bool power_of_two = p.blocksize > 0 && (p.blocksize & (p.blocksize - 1)) == 0;
+    return p.M > 0 && p.N > 0 && p.K > 0 && p.M <= kMaxSimtTokens && p.N < kMaxSize && p.K < kMaxSize && power_of_two;
+}
+
+bool can_multiply_with_mma(const GemmProblem& p) {
+    return can_multiply_with_simt(p) && p.dtype != BNB_DTYPE_FLOAT32 && p.blocksize >= 64 && p.K % 64 == 0 &&
+           p.K % p.blocksize == 0;
+}
+
+int plan_gemm_4bit(const GemmProblem& problem, const GemmDevice& device) {
+    if (can_multiply_with_mma(problem)) {
+        for (const Choice& choice : kChoices) {
+            if (problem.M <= choice.tokens && problem.N * problem.K >= choice.weights && fits(choice.tuning, device)) {
+                return choice.tuning;
+            }
+        }
+    }
+    if (problem.M <= kSimtTokens && can_multiply_with_simt(problem) && problem.K % problem.blocksize == 0) {
+        return BNB_GEMM_SIMT;
+    }
+    return BNB_GEMM_DEQUANTIZE;
+}
+
+}  // namespace bnb

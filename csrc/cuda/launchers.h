@@ -1,0 +1,44 @@
+// The launchers that abi/cuda.cu calls, one per operation: raw pointers and a stream; they throw on failure. They
+// enqueue and return, allocate nothing, and may be captured into a graph. Arguments have been checked.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/codebooks.h"
+#include "../common/dtype.h"
+#include "gemm_4bit/problem.h"
+
+typedef struct CUstream_st* cudaStream_t;
+
+namespace bnb {
+
+// blocksize is a power of two from 32 to 4096; so for quantize_blockwise.
+void quantize_4bit(
+    const void* values, bnb_dtype dtype, bnb_format format, uint8_t* packed, float* absmax, int64_t n,
+    int64_t blocksize, cudaStream_t stream);
+
+void quantize_blockwise(
+    const void* values, bnb_dtype dtype, const float* map, uint8_t* codes, float* absmax, int64_t n, int64_t blocksize,
+    cudaStream_t stream);
+
+// blocksize is a multiple of 16.
+void dequantize_4bit(
+    const uint8_t* packed, const BlockScales& scales, bnb_format format, void* values, bnb_dtype dtype, int64_t n,
+    int64_t blocksize, cudaStream_t stream);
+
+template <class T>
+void dequantize_blockwise(
+    const float* code, const uint8_t* codes, const float* absmax, T* values, int64_t n, int64_t blocksize,
+    cudaStream_t stream);
+
+// float16 or bfloat16, in one of the shapes of gemm_4bit/tuning.h.
+void gemm_4bit_mma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaStream_t stream);
+
+// Any problem, for few tokens.
+void gemm_4bit_simt(const Gemm4bit& problem, bnb_dtype dtype, cudaStream_t stream);
+
+void* managed_alloc(int64_t bytes);
+void managed_free(void* memory);
+void managed_prefetch(const void* memory, int64_t bytes, int32_t device, cudaStream_t stream);
+
+}  // namespace bnb

@@ -1,0 +1,198 @@
+// What the optimizer kernels share: finding a warp's block of 256 elements among many tensors, and a lane's eight
+// elements of it.
+//
+// A warp owns a block, a lane eight of its elements: in groups as wide as the widest access of the dtypes involved
+// allows, so that every load is 16 bytes or a full sector per group of lanes. A short block at the end of a tensor, and
+// tensors that are not aligned, take guarded scalar accesses.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/optimizer_rules.h"
+#include "device.cuh"
+#include "optimizer.h"
+#include "vector_io.cuh"
+
+namespace bnb {
+
+constexpr int kOptimizerBlock = 256;
+constexpr int kWarpLanes = 32;
+constexpr int kPerLane = kOptimizerBlock / kWarpLanes;
+
+// Elements of a lane that lie side by side: eight of 16 bits, four where float32 takes part.
+template <class... Types>
+constexpr int kGroupOf = ((sizeof(Types) == 4) || ...) ? 4 : 8;
+
+// Index within the block of a lane's i-th element.
+template <int kGroup>
+__device__ __forceinline__ int element(int lane, int i) {
+    return (i / kGroup * kWarpLanes + lane) * kGroup + i % kGroup;
+}
+
+template <int kBytes>
+using Access = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+
+// A lane's eight elements as they lie in memory.
+template <class T, int kGroup>
+struct Lane {
+    static constexpr int kGroups = kPerLane / kGroup;
+    using Wide = Access<kGroup * sizeof(T)>;
+    union {
+        Wide wide[kGroups];
+        uint32_t words[kPerLane * sizeof(T) / sizeof(uint32_t)];
+        T values[kPerLane];
+    };
+
+    __device__ __forceinline__ Lane() {}
+
+    __device__ __forceinline__ float get(int i) const {
+        if constexpr (sizeof(T) == 4) {
+            return values[i];
+        } else if constexpr (std::is_same_v<T, BFloat16>) {
+            return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+        } else {
+            return __half2float(__ushort_as_half(static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)))));
+        }
+    }
+
+    // Elements i and i + 1, i even: the hardware rounds two at a time.
+    __device__ __forceinline__ void set_pair(int i, float a, float b) {
+        if constexpr (sizeof(T) == 4) {
+            values[i] = a;
+            values[i + 1] = b;
+        } else if constexpr (std::is_same_v<T, BFloat16>) {
+            const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+            memcpy(&words[i / 2], &pair, sizeof(pair));
+        } else {
+            const __half2 pair = __floats2half2_rn(a, b);
+            memcpy(&words[i / 2], &pair, sizeof(pair));
+        }
+    }
+
+    __device__ __forceinline__ void load(const T* block, int lane) {
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j)
+            wide[j] = __ldcs(reinterpret_cast<const Wide*>(block) + j * kWarpLanes + lane);
+    }
+
+    __device__ __forceinline__ void store(T* block, int lane) const {
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) __stcs(reinterpret_cast<Wide*>(block) + j * kWarpLanes + lane, wide[j]);
+    }
+
+    __device__ void load_some(const T* block, int lane, int64_t count) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+            const int at = element<kGroup>(lane, i);
+            values[i] = at < count ? block[at] : T{};
+        }
+    }
+
+    __device__ void store_some(T* block, int lane, int64_t count) const {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+            const int at = element<kGroup>(lane, i);
+            if (at < count) block[at] = values[i];
+        }
+    }
+};
+
+// The tensor that a warp is in. Blocks are counted from its own first one.
+template <class Rule, class State>
+struct Place {
+    const void* g;
+    void* p;
+    State* states[Rule::kStates];
+    float* absmax[Rule::kStates];  // 8-bit state only
+    int64_t n;
+    int64_t first;  // its first block, in the numbering through all tensors
+    int64_t index;
+    uint32_t blocks;  // all of them
+    uint32_t whole;   // those with 256 elements, which may be accessed in full width
+
+    // Elements from the start of a block on.
+    __device__ __forceinline__ int64_t rest(uint32_t block) const { return n - int64_t(block) * kOptimizerBlock; }
+};
+
+// Index of the tensor that holds a block.
+__device__ inline int64_t find_tensor(const OptimizerStep& step, int64_t block) {
+    int64_t low = 0, high = step.count;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (step.tensors[middle].first_block <= block) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+template <class Rule, class State>
+__device__ inline Place<Rule, State> place_of(const OptimizerStep& step, int64_t block) {
+    Place<Rule, State> place;
+    place.index = step.tensors ? find_tensor(step, block) : 0;
+    const bnb_optimizer_tensor& tensor = step.tensors ? step.tensors[place.index] : step.tensor;
+    place.g = tensor.g;
+    place.p = tensor.p;
+    place.n = tensor.n;
+    place.first = tensor.first_block;
+    place.blocks = static_cast<uint32_t>((tensor.n + kOptimizerBlock - 1) / kOptimizerBlock);
+    uintptr_t addresses = reinterpret_cast<uintptr_t>(place.g) | reinterpret_cast<uintptr_t>(place.p);
+#pragma unroll
+    for (int k = 0; k < Rule::kStates; ++k) {
+        const bool first = k < Rule::kFirst;
+        place.states[k] = static_cast<State*>(first ? tensor.state1 : tensor.state2) + (first ? k * tensor.n : 0);
+        place.absmax[k] = first ? tensor.absmax1 + k * int64_t(place.blocks) : tensor.absmax2;
+        // Codes need half of the alignment, hence the shift.
+        addresses |= reinterpret_cast<uintptr_t>(place.states[k]) << (sizeof(State) == 1 ? 1 : 0);
+    }
+    place.whole = addresses % 16 == 0 ? static_cast<uint32_t>(tensor.n / kOptimizerBlock) : 0;
+    return place;
+}
+
+// Where block number `block` of a tensor begins; one multiply-add for a 32-bit number.
+template <class T>
+__device__ __forceinline__ T* block_of(T* tensor, uint32_t block) {
+    return tensor + uint64_t(block) * kOptimizerBlock;
+}
+
+__device__ __forceinline__ const bnb_optimizer_config& config_of(const OptimizerStep& step, int64_t tensor) {
+    return step.tensors ? step.configs[tensor] : step.config;
+}
+
+// The scalars of a tensor's step as Real. Knowing at compile time whether decay joins the gradient saves instructions.
+template <class Rule, class Real>
+__device__ __forceinline__ StepScalars<Real> scalars_of(const OptimizerStep& step, int64_t tensor) {
+    StepScalars<Real> h(config_of(step, tensor), [](float value) { return Real(value); });
+    if (step.sizes) h.step_size = Real(step.sizes[tensor]);
+    return h;
+}
+
+// The gradient that a rule sees.
+template <class Rule, class Real>
+__device__ __forceinline__ Real gradient_of(const StepScalars<Real>& h, Real g, Real p) {
+    if constexpr (Rule::kCoupledDecay) {
+        return h.gradient(g, p);
+    } else {
+        return g * h.gnorm_scale;
+    }
+}
+
+// Call body(Rule{}, TypeTag<P>{}, TypeTag<G>{}) for the types behind a kind.
+template <class Body>
+void visit_kind(const OptimizerKind& kind, Body&& body) {
+    const bool known = visit(kind.p_dtype, [&](auto p) {
+        const bool ruled = visit_rule(kind.rule, [&](auto rule) {
+            if (kind.g_dtype == kind.p_dtype) {
+                body(rule, p, p);
+            } else {
+                body(rule, p, TypeTag<float>{});
+            }
+        });
+        require(ruled, "unknown optimizer rule ", int(kind.rule));
+    });
+    require(known, "unknown dtype ", int(kind.p_dtype));
+}
+
+}  // namespace bnb
