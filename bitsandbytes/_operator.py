@@ -1,0 +1,175 @@
+"""What an operator is: a schema, one function that checks and says what the results look like, and kernels.
+
+That function runs first in every eager call, is the shape function under tracing, and guards the ``.out`` overload,
+so checks and shapes exist once. A backend supplies the filling alone.
+
+torch drops trailing arguments that equal their defaults before it calls a Python kernel; ``Operator`` puts them back
+from the check's signature, so a filling function never states a default.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+from ._checks import ArgumentError
+
+__all__ = ["OPERATORS", "Operator", "Result", "operator"]
+
+_LIBRARY = torch.library.Library("bitsandbytes", "FRAGMENT")
+_DISPATCH_KEYS = {"default": "CompositeExplicitAutograd"}
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def _implement(name: str, kernel: Callable, key: str) -> None:
+    """Register a kernel that a third party may replace by registering another, as newer torch allows by itself."""
+    _LIBRARY.impl(name, kernel, key)
+    getattr(torch.library, "_impls", set()).discard(f"bitsandbytes/{name}/{key}")
+
+
+class Result(NamedTuple):
+    """Shape and dtype of one result; its device is that of the operator's first tensor."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+
+class Operator:
+    """One operator: its schema, its check, and the kernels that backends registered.
+
+    ``check`` takes the schema's arguments and returns a :class:`Result`, a tuple of them, or None for an operator
+    that works in place. A kernel takes the same arguments followed by one contiguous tensor for each result, and
+    fills those. Where sizes depend on data, ``fake`` replaces the shape function and kernels return their results.
+    """
+
+    def __init__(self, schema: str, check: Callable, fake: Callable | None, out: bool) -> None:
+        self.schema = schema
+        self.name = schema[: schema.index("(")]
+        self.check = check
+        self.kernels: dict[str, Callable] = {}
+        self._returns = fake is not None
+        parameters = list(inspect.signature(check).parameters.values())
+        self._arity = len(parameters)
+        self._defaults = tuple(p.default for p in parameters)
+        self._position_of_tensor = next(i for i, p in enumerate(parameters) if p.annotation == "Tensor")
+        self._has_out = out
+
+        _LIBRARY.define(schema)
+        register_fake(f"bitsandbytes::{self.name}", fake or self._fake, lib=_LIBRARY)
+        if out:
+            arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")]
+            _LIBRARY.define(f"{self.name}.out({arguments}, Tensor! out) -> ()")
+            register_fake(f"bitsandbytes::{self.name}.out", self._fake_out, lib=_LIBRARY)
+
+    def kernel(self, device: str) -> Callable[[Callable], Callable]:
+        """Register the filling for a device type; ``"default"`` serves every device that has none of its own."""
+
+        def register(fill: Callable) -> Callable:
+            self.kernels[device] = fill
+            key = _DISPATCH_KEYS.get(device, device.upper())
+            _implement(self.name, self._eager(fill), key)
+            if self._has_out:
+                _implement(f"{self.name}.out", self._eager_out(fill), key)
+            return fill
+
+        return register
+
+    def run_with(self, device: str, *args: Any) -> Any:
+        """Run the kernel registered for ``device``, wherever the tensors are. For tests and measurements."""
+        return self._eager(self.kernels[device])(*args)
+
+    def _complete(self, args: tuple) -> tuple:
+        return args if len(args) == self._arity else args + self._defaults[len(args) :]
+
+    def _allocate(self, args: tuple, results: Any) -> Any:
+        if results is None:
+            return None
+        device = args[self._position_of_tensor].device
+        if isinstance(results, Result):
+            return torch.empty(results.shape, dtype=results.dtype, device=device)
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in results)
+
+    def _fake(self, *args: Any) -> Any:
+        args = self._complete(args)
+        return self._allocate(args, self.check(*args))
+
+    def _fake_out(self, *args: Any) -> None:
+        *given, out = args
+        inputs = self._complete(tuple(given))
+        self._check_out(out, self.check(*inputs), inputs)
+
+    def _eager(self, fill: Callable) -> Callable:
+        check, complete, allocate = self.check, self._complete, self._allocate
+
+        if self._returns:
+
+            def run(*args):
+                args = complete(args)
+                check(*args)
+                return fill(*args)
+
+        else:
+
+            def run(*args):
+                args = complete(args)
+                results = allocate(args, check(*args))
+                if results is None:
+                    fill(*args)
+                elif isinstance(results, tuple):
+                    fill(*args, *results)
+                else:
+                    fill(*args, results)
+                return results
+
+        return run
+
+    def _eager_out(self, fill: Callable) -> Callable:
+        def run(*args):
+            *given, out = args
+            inputs = self._complete(tuple(given))
+            result = self.check(*inputs)
+            self._check_out(out, result, inputs)
+            if out.is_contiguous() and not any(_shares_memory(out, x) for x in inputs):
+                fill(*inputs, out)
+            else:
+                buffer = torch.empty(result.shape, dtype=result.dtype, device=out.device)
+                fill(*inputs, buffer)
+                out.copy_(buffer)
+
+        return run
+
+    def _check_out(self, out: Tensor, result: Result, inputs: tuple) -> None:
+        device = inputs[self._position_of_tensor].device
+        if tuple(out.shape) != tuple(result.shape):
+            raise ArgumentError(f"Expected out.shape == {tuple(result.shape)}, got {tuple(out.shape)}")
+        if out.device != device:
+            raise ArgumentError(f"Expected out.device == {device}, got {out.device}")
+        if out.dtype != result.dtype:
+            raise ArgumentError(
+                f"Expected out.dtype == {str(result.dtype).removeprefix('torch.')}, got {out.dtype}"
+            )
+
+
+def _shares_memory(out: Tensor, value: Any) -> bool:
+    return (
+        isinstance(value, Tensor) and value.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+    )
+
+
+def operator(
+    schema: str, *, out: bool = False, fake: Callable | None = None
+) -> Callable[[Callable], Operator]:
+    """Declare an operator; the decorated function is its check. ``out=True`` defines the ``.out`` overload too."""
+
+    def declare(check: Callable) -> Operator:
+        declared = Operator(schema, check, fake, out)
+        OPERATORS[declared.name] = declared
+        return declared
+
+    return declare

@@ -1,0 +1,5 @@
+"""Native kernels for the CPU."""
+
+from . import optimizers
+
+__all__ = ["optimizers"]

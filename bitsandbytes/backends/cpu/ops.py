@@ -1,0 +1,206 @@
+"""CPU kernels: native ones where the loaded library has them, and torch's int8 product.
+
+The default backend serves the rest. Kernels read plain contiguous memory, so strided inputs are copied first. Codes
+and dequantized values are the default backend's bit for bit; matrix products accumulate in float32 and round once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from ..._formats.packing import as_bytes
+from ..._formats.table import FORMATS, NESTED_BLOCKSIZE
+from ..._native import DTYPE_ID, FORMAT_ID, has_native, lib, ptr, threads
+from ..._ops import (
+    Operator,
+    dequantize_4bit,
+    dequantize_blockwise,
+    gemm_4bit,
+    gemv_4bit,
+    int8_linear_matmul,
+    int8_vectorwise_quant,
+    quantize_4bit,
+    quantize_blockwise,
+)
+from ..default.ops import linear_into
+
+__all__: list[str] = []
+
+# The codebooks in code order, as the matrix product takes them.
+_CODE = {
+    name: torch.tensor(format.values, dtype=torch.float32, device="cpu") for name, format in FORMATS.items()
+}
+
+# From this many rows on, decoding the weight for torch's matmul beats the fused kernel: benchmarking/bench_cpu.py.
+_FUSED_ROWS = {torch.float32: 8, torch.float16: 1024, torch.bfloat16: 8}
+_PANEL_BYTES = 2 << 20  # of decoded weight at a time: stays in the cache, and its memory is touched once
+
+
+def _native_kernel(operator: Operator, symbol: str) -> Callable[[Callable], Callable]:
+    """Register the filling for the CPU if the library has its symbol."""
+    return operator.kernel("cpu") if has_native(symbol) else lambda fill: fill
+
+
+@_native_kernel(quantize_4bit, "bnb_cpu_quantize_4bit")
+def _(A, blocksize, quant_type, quant_storage, packed, absmax):
+    A = A.contiguous()
+    lib.bnb_cpu_quantize_4bit(
+        ptr(A),
+        DTYPE_ID[A.dtype],
+        FORMAT_ID[quant_type],
+        ptr(packed),
+        ptr(absmax),
+        A.numel(),
+        blocksize,
+        threads(),
+    )
+
+
+@_native_kernel(dequantize_4bit, "bnb_cpu_dequantize_4bit")
+def _(A, absmax, blocksize, quant_type, shape, dtype, out):
+    A, absmax = A.contiguous(), absmax.contiguous()
+    lib.bnb_cpu_dequantize_4bit(
+        ptr(A),
+        ptr(absmax),
+        FORMAT_ID[quant_type],
+        ptr(out),
+        DTYPE_ID[dtype],
+        out.numel(),
+        blocksize,
+        threads(),
+    )
+
+
+@_native_kernel(quantize_blockwise, "bnb_cpu_quantize_blockwise")
+def _(A, code, blocksize, codes, absmax):
+    A, code = A.contiguous(), code.contiguous()
+    lib.bnb_cpu_quantize_blockwise(
+        ptr(code), ptr(A), DTYPE_ID[A.dtype], ptr(codes), ptr(absmax), A.numel(), blocksize, threads()
+    )
+
+
+@_native_kernel(dequantize_blockwise, "bnb_cpu_dequantize_blockwise")
+def _(A, absmax, code, blocksize, dtype, out):
+    A, absmax, code = A.contiguous(), absmax.contiguous(), code.contiguous()
+    lib.bnb_cpu_dequantize_blockwise(
+        ptr(code), ptr(A), ptr(absmax), ptr(out), DTYPE_ID[dtype], out.numel(), blocksize, threads()
+    )
+
+
+@_native_kernel(int8_vectorwise_quant, "bnb_cpu_int8_vectorwise_quant")
+def _(A, threshold=0.0):
+    A = A.contiguous()
+    rows, cols = A.shape[:-1].numel(), A.shape[-1]
+    quantized = torch.empty_like(A, dtype=torch.int8)
+    row_stats = torch.empty(rows, dtype=torch.float32)
+    flags = torch.zeros(cols, dtype=torch.uint8) if threshold > 0.0 else None
+    lib.bnb_cpu_int8_vectorwise_quant(
+        ptr(A),
+        DTYPE_ID[A.dtype],
+        ptr(quantized),
+        ptr(row_stats),
+        ptr(flags),
+        rows,
+        cols,
+        threshold,
+        threads(),
+    )
+    return quantized, row_stats, None if flags is None else flags.nonzero().view(-1)
+
+
+def _expanded(
+    absmax: Tensor, absmax_8bit: Tensor | None, code: Tensor | None, offset: Tensor | None
+) -> Tensor:
+    """float32 scales, un-nested where they are themselves quantized."""
+    if absmax_8bit is None or code is None or offset is None:
+        return absmax
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+        absmax_8bit, absmax, code, NESTED_BLOCKSIZE, torch.float32
+    )
+    return absmax + offset.float()
+
+
+def _multiply(
+    A: Tensor, B: Tensor, shapeB, absmax: Tensor, code: Tensor, blocksize: int, bias, out: Tensor
+) -> None:
+    A, B, absmax, code = A.contiguous(), B.contiguous(), absmax.contiguous(), code.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    N, K = shapeB
+    rows = A.shape[:-1].numel()
+    lib.bnb_cpu_gemm_4bit(
+        ptr(A),
+        DTYPE_ID[A.dtype],
+        ptr(B),
+        ptr(absmax),
+        ptr(code),
+        ptr(bias),
+        ptr(out),
+        rows,
+        N,
+        K,
+        blocksize,
+        threads(),
+    )
+
+
+def _panel_rows(N: int, K: int, blocksize: int, itemsize: int) -> int:
+    """How many weight rows to decode at a time: about a panel's bytes, starting on a block and on a byte."""
+    step = max(blocksize, 2) // gcd(max(blocksize, 2), K)
+    return min(N, max(1, _PANEL_BYTES // max(1, K * itemsize * step)) * step)
+
+
+def _decode_and_multiply(
+    A: Tensor, B: Tensor, shapeB, absmax: Tensor, quant_type: str, blocksize: int, bias, out: Tensor
+) -> None:
+    """The product with the weight decoded panel by panel into one buffer; never all of it at once."""
+    N, K = shapeB
+    count = A.shape[:-1].numel()
+    rows, columns = A.reshape(count, K), out.view(count, N)
+    packed, absmax = as_bytes(B), absmax.reshape(-1)
+    step = _panel_rows(N, K, blocksize, A.element_size())
+    buffer = torch.empty((step, K), dtype=A.dtype)
+    for start in range(0, N, step):
+        stop = min(N, start + step)
+        panel = buffer[: stop - start]
+        torch.ops.bitsandbytes.dequantize_4bit.out(
+            packed[start * K // 2 :],
+            absmax[start * K // blocksize :],
+            blocksize,
+            quant_type,
+            panel.shape,
+            A.dtype,
+            panel,
+        )
+        linear_into(rows, panel, None if bias is None else bias[start:stop], columns[:, start:stop])
+
+
+@_native_kernel(gemm_4bit, "bnb_cpu_gemm_4bit")
+def _(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset, out):
+    absmax = _expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
+    if A.shape[:-1].numel() < _FUSED_ROWS[A.dtype]:
+        _multiply(A, B, shapeB, absmax, _CODE[quant_type], blocksize, bias, out)
+    else:
+        _decode_and_multiply(A, B, shapeB, absmax, quant_type, blocksize, bias, out)
+
+
+@_native_kernel(gemv_4bit, "bnb_cpu_gemm_4bit")
+def _(A, B, shapeB, absmax, code, blocksize, out):
+    _multiply(A, B, shapeB, absmax, code, blocksize, None, out)
+
+
+def _int8_linear_matmul(A, B, out):
+    K = A.shape[-1]
+    rows, columns = A.reshape(A.shape[:-1].numel(), K), out.view(A.shape[:-1].numel(), B.shape[0])
+    if K == 1:  # torch takes a transposed column for a plain row
+        torch.mul(rows.int(), B.reshape(1, -1).int(), out=columns)
+    else:
+        torch._int_mm(rows.contiguous(), B.contiguous().t(), out=columns)
+
+
+# Without VNNI, torch's int8 product may saturate in between; the default backend is exact there.
+if hasattr(torch, "_int_mm") and torch.cpu._is_vnni_supported():
+    int8_linear_matmul.kernel("cpu")(_int8_linear_matmul)

@@ -1,0 +1,181 @@
+"""The 4-bit matmul on CUDA: few tokens run in one fused kernel; for many the weight is decoded once and torch multiplies.
+
+Which of the two is the native library's decision (``bnb_cuda_gemm_4bit_plan``), asked once for each problem. Nothing
+is kept between calls, results repeat bit for bit, and both paths may be captured into a graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..._native import ABI, DTYPE_ID, FORMAT_ID, device_of, has_native, lib, ptr, stream_of
+from ..._ops import gemm_4bit, gemv_4bit
+from ..default.ops import linear_into
+
+__all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn"]
+
+_HAS_GEMM = has_native("bnb_cuda_gemm_4bit")
+
+# Rows up to which a fused 4-bit matmul may be chosen; 0 while there is none.
+_gemm_4bit_custom_max_m: int = 32 if _HAS_GEMM else 0
+
+_ALIGNMENT = 16  # of what the fused kernel reads in vectors
+_ANY_FORMAT = next(iter(FORMAT_ID.values()), None)  # where a codebook is given
+
+
+@lru_cache(maxsize=4096)
+def _fused_tuning(
+    device_index: int, dtype: torch.dtype, M: int, N: int, K: int, blocksize: int
+) -> int | None:
+    """The fused kernel's tuning for this problem, or None: decode the weight and multiply densely."""
+    if ABI is None or M > _gemm_4bit_custom_max_m:
+        return None
+    device = torch.cuda.get_device_properties(device_index)
+    tuning = lib.bnb_cuda_gemm_4bit_plan(
+        DTYPE_ID[dtype], M, N, K, blocksize, 10 * device.major + device.minor, device.multi_processor_count
+    )
+    return None if tuning == ABI.constants["BNB_GEMM_DEQUANTIZE"] else tuning
+
+
+def _gemm_4bit_use_custom_fn(device_index: int, dtype: torch.dtype, M: int, N: int, K: int) -> bool:
+    """Whether the fused kernel multiplies this problem in blocks of 64."""
+    return _fused_tuning(device_index, dtype, M, N, K, 64) is not None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` as the kernel reads it: contiguous and aligned. Copies what is not, which is cheap for activations."""
+    x = x.contiguous()
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
+
+
+def _warn_of_blocks_across_rows(K: int, blocksize: int) -> None:
+    warnings.warn(
+        f"The inner dimension ({K}) is not a multiple of the block size ({blocksize}): "
+        "falling back to slower implementation, which decodes the whole weight",
+        stacklevel=2,
+    )
+
+
+def _dense(A: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    linear_into(A.reshape(-1, weight.shape[1]), weight, bias, out.view(-1, weight.shape[0]))
+
+
+def _decode(
+    B: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
+) -> Tensor:
+    """The weight in one pass, nested statistics included."""
+    if absmax_8bit is None or absmax_code is None or absmax_offset is None:
+        return torch.ops.bitsandbytes.dequantize_4bit(B, absmax, blocksize, quant_type, shape, dtype)
+    weight = torch.empty(shape, dtype=dtype, device=B.device)
+    with device_of(B):
+        lib.bnb_cuda_dequantize_4bit_nested(
+            ptr(B.contiguous()),
+            ptr(absmax),
+            ptr(absmax_8bit),
+            ptr(absmax_code),
+            ptr(absmax_offset),
+            FORMAT_ID[quant_type],
+            ptr(weight),
+            DTYPE_ID[dtype],
+            weight.numel(),
+            blocksize,
+            stream_of(B),
+        )
+    return weight
+
+
+def _gemm_4bit(
+    A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset, out
+):
+    N, K = shapeB
+    M = out.numel() // N if N else 0
+    if out.numel() == 0:
+        return
+    absmax = absmax.contiguous()
+    if absmax_8bit is not None:
+        absmax_8bit, absmax_code = absmax_8bit.contiguous(), absmax_code.contiguous()
+        absmax_offset = absmax_offset.float()
+
+    tuning = _fused_tuning(out.device.index, A.dtype, M, N, K, blocksize)
+    B = B.contiguous()
+    if tuning is None or B.data_ptr() % _ALIGNMENT:
+        if K % blocksize and M <= _gemm_4bit_custom_max_m:
+            _warn_of_blocks_across_rows(K, blocksize)
+        weight = _decode(
+            B, shapeB, A.dtype, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset
+        )
+        _dense(A, weight, bias, out)
+        return
+    A = _aligned(A)
+    bias = None if bias is None else bias.contiguous()
+    with device_of(out):
+        lib.bnb_cuda_gemm_4bit(
+            ptr(A),
+            DTYPE_ID[A.dtype],
+            ptr(B),
+            ptr(absmax),
+            ptr(absmax_8bit),
+            ptr(absmax_code),
+            ptr(absmax_offset),
+            None,
+            FORMAT_ID[quant_type],
+            ptr(bias),
+            ptr(out),
+            M,
+            N,
+            K,
+            blocksize,
+            tuning,
+            stream_of(out),
+        )
+
+
+def _gemv_4bit(A, B, shapeB, absmax, code, blocksize, out):
+    N, K = shapeB
+    if out.numel() == 0:
+        return
+    M = out.numel() // N
+    tuning = _fused_tuning(out.device.index, A.dtype, M, N, K, blocksize)
+    B = B.contiguous()
+    if tuning is None or B.data_ptr() % _ALIGNMENT:
+        gemv_4bit.kernels["default"](A, B, shapeB, absmax, code, blocksize, out)
+        return
+    A, absmax, code = _aligned(A), absmax.contiguous(), code.contiguous()
+    with device_of(out):
+        lib.bnb_cuda_gemm_4bit(
+            ptr(A),
+            DTYPE_ID[A.dtype],
+            ptr(B),
+            ptr(absmax),
+            None,
+            None,
+            None,
+            ptr(code),
+            _ANY_FORMAT,
+            None,
+            ptr(out),
+            M,
+            N,
+            K,
+            blocksize,
+            tuning,
+            stream_of(out),
+        )
+
+
+if _HAS_GEMM:
+    gemm_4bit.kernel("cuda")(_gemm_4bit)
+    gemv_4bit.kernel("cuda")(_gemv_4bit)

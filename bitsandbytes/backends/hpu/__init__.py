@@ -1,0 +1,3 @@
+"""The hpu backend."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""The mps backend."""
+
+__all__: list[str] = []

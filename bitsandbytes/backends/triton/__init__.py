@@ -1,0 +1,3 @@
+"""Entry points for devices that Triton compiles for."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""The xpu backend."""
+
+__all__: list[str] = []
