@@ -1,0 +1,150 @@
+"""Matmul with a frozen 4-bit weight: gradients reach the activations and the bias, never the weight.
+
+A backward pass keeps the packed weight alone (half a byte a value) and decodes it again; neither the activations nor
+a decoded weight are saved, which is what lets QLoRA fine-tune large models in little memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import ArgumentError
+from .._formats.packing import convert_weight_packed_for_cpu_inverse
+from .._formats.state import QuantState
+from .._formats.table import NESTED_BLOCKSIZE
+from .._quant.fourbit import dequantize_4bit
+
+__all__ = ["MatMul4Bit", "matmul_4bit"]
+
+
+def matmul_4bit(
+    A: Tensor,
+    B: Tensor,
+    quant_state: QuantState,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``A @ W.T + bias`` for activations ``A [..., K]`` and the 4-bit weight ``W [N, K]`` that ``B`` packs.
+
+    ``B`` may have any storage dtype and lie as ``[m, 1]``, ``[1, m]`` or flat; ``quant_state`` alone says N and K.
+    ``bias [N]`` has A's dtype. Returns ``[..., N]`` in A's dtype, or ``out`` filled with it. ``A`` and ``bias`` get
+    gradients.
+
+    Raises:
+        ValueError: ``quant_state`` is None or describes no matrix, or a tensor does not fit it.
+        NotImplementedError: the statistics are nested in blocks of other than 256.
+    """
+    if quant_state is None:
+        raise ArgumentError(
+            "quant_state is required: matmul_4bit needs the state that quantize_4bit returned"
+        )
+    if quant_state.shape is None or len(quant_state.shape) != 2:
+        shape = quant_state.shape if quant_state.shape is None else list(quant_state.shape)
+        raise ArgumentError(f"quant_state.shape must be 2D [N, K], got {shape}")
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        B, quant_state = convert_weight_packed_for_cpu_inverse(B, copy.copy(quant_state))
+
+    N, K = quant_state.shape
+    if A.dim() > 0 and A.shape[-1] == N and A.shape[-1] != K:
+        return _matmul_transposed(A, B, quant_state, out, bias)
+
+    needs_grad = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
+    if needs_grad:
+        product = MatMul4Bit.apply(A, B, None, bias, quant_state)
+    else:
+        product = _gemm(A, B, bias, quant_state)
+    return product if out is None else out.copy_(product)
+
+
+def _matmul_transposed(
+    A: Tensor, B: Tensor, quant_state: QuantState, out: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """``A @ W + bias``: releases before 0.50 also took weights that were quantized as ``[K, N]``."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"matmul_4bit got a weight quantized in the shape {list(quant_state.shape)}, that is [in, out]; such weights "
+            "will not be supported. Re-quantize from the weight in the shape [out, in].",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    weight = _decoded(B, quant_state).to(A.dtype)
+    product = torch.nn.functional.linear(A, weight.t(), bias)
+    return product if out is None else out.copy_(product)
+
+
+def _gemm(A: Tensor, B: Tensor, bias: Tensor | None, quant_state: QuantState) -> Tensor:
+    """The operator, with the statistics as they are kept; it expands nested ones itself.
+
+    Some loaders cast all floating-point entries of a checkpoint, statistics among them, to the model's dtype.
+    """
+    if A.numel() == 0 and A.dim() > 0 and A.shape[-1] == quant_state.shape[1]:
+        product = A.new_zeros((*A.shape[:-1], quant_state.shape[0]))
+        return product if bias is None else product + bias
+    arguments = (A, B, quant_state.shape)
+    if not quant_state.nested:
+        return torch.ops.bitsandbytes.gemm_4bit(
+            *arguments, quant_state.absmax.float(), quant_state.blocksize, quant_state.quant_type, bias
+        )
+    second = quant_state.state2
+    if second.blocksize != NESTED_BLOCKSIZE:
+        raise NotImplementedError(
+            f"quant_state.state2.blocksize must be {NESTED_BLOCKSIZE} for a matmul, got {second.blocksize}"
+        )
+    return torch.ops.bitsandbytes.gemm_4bit(
+        *arguments,
+        second.absmax.float(),
+        quant_state.blocksize,
+        quant_state.quant_type,
+        bias,
+        quant_state.absmax,
+        second.code.float(),
+        quant_state.offset,
+    )
+
+
+def _decoded(B: Tensor, quant_state: QuantState) -> Tensor:
+    """The weight in the state's shape and dtype, however ``B`` lies."""
+    return dequantize_4bit(B.reshape(-1, 1), quant_state)
+
+
+class MatMul4Bit(torch.autograd.Function):
+    """``apply(A, B, out=None, bias=None, quant_state=None)``: :func:`matmul_4bit` for inputs that need gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        A: Tensor,
+        B: Tensor,
+        out: Tensor | None = None,
+        bias: Tensor | None = None,
+        quant_state: QuantState | None = None,
+    ) -> Tensor:
+        if quant_state is None:
+            raise ArgumentError("quant_state is required")
+        ctx.quant_state = quant_state
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(B if ctx.needs_input_grad[0] else None)
+        product = _gemm(A, B, bias, quant_state)
+        if out is None:
+            return product
+        ctx.mark_dirty(out)
+        return out.copy_(product)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_A = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            (B,) = ctx.saved_tensors
+            grad_A = grad_output @ _decoded(B, ctx.quant_state).to(grad_output.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_output.sum_to_size(grad_output.shape[-1]).to(ctx.bias_dtype)
+        return grad_A, None, None, grad_bias, None
+
+
+# Tracebacks and the profiler show the public path.
+MatMul4Bit.__module__ = "bitsandbytes.autograd._functions"

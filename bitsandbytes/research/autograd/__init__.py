@@ -1,0 +1,3 @@
+"""The autograd functions of :mod:`bitsandbytes.research`."""
+
+__all__: list[str] = []
