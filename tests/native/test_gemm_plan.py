@@ -1,0 +1,76 @@
+"""Which 4-bit matmul runs on which GPU: a pure function of the library, so it is held without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitsandbytes._native import ABI, DTYPE_ID, has_native, lib
+
+pytestmark = pytest.mark.skipif(
+    not has_native("bnb_cuda_gemm_4bit_plan"), reason="no native library with bnb_cuda_gemm_4bit_plan"
+)
+
+H200 = (90, 132)
+A100 = (80, 108)
+TURING = (75, 72)
+
+LAYERS = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (1024, 4096), (384, 384)]
+
+
+def plan(M, N, K, blocksize=64, dtype=torch.bfloat16, gpu=H200):
+    return lib.bnb_cuda_gemm_4bit_plan(DTYPE_ID[dtype], M, N, K, blocksize, *gpu)
+
+
+def dequantize():
+    return ABI.constants["BNB_GEMM_DEQUANTIZE"]
+
+
+def plain():
+    return ABI.constants["BNB_GEMM_SIMT"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+def test_few_tokens_read_the_weight_once(N, K, dtype):
+    for M in (1, 2, 8, 16):
+        assert plan(M, N, K, dtype=dtype) >= 0
+        assert plan(M, N, K, dtype=dtype, gpu=A100) >= 0
+
+
+@pytest.mark.parametrize("blocksize", [64, 128, 256, 512, 1024, 2048, 4096])
+def test_every_block_that_fills_rows_has_a_fused_kernel(blocksize):
+    assert plan(1, 4096, 4096, blocksize) >= 0
+
+
+@pytest.mark.parametrize(
+    ("K", "blocksize"), [(96, 64), (4096 + 64, 128), (64, 128), (65, 64), (4096, 96), (4096, 8192)]
+)
+def test_blocks_across_rows_or_of_other_sizes_are_decoded_first(K, blocksize):
+    assert plan(1, 4096, K, blocksize) == dequantize()
+
+
+def test_what_tensor_cores_do_not_take_goes_through_the_plain_kernel_while_tokens_are_few():
+    for problem in ({"blocksize": 32}, {"dtype": torch.float32}, {"gpu": TURING}):
+        assert plan(1, 4096, 4096, **problem) == plain()
+        assert plan(64, 4096, 4096, **problem) == dequantize()
+
+
+def test_many_tokens_use_the_dense_matmul():
+    for M in (129, 512, 4096, 2**33):
+        assert plan(M, 4096, 4096) == dequantize()
+
+
+@pytest.mark.parametrize("size", [(0, 64, 64), (1, 0, 64), (1, 64, 0), (1, 2**40, 64), (1, 64, 2**40)])
+def test_sizes_that_no_kernel_has_are_planned_all_the_same(size):
+    assert plan(*size) == dequantize()
+
+
+def test_newer_gpus_plan_like_hopper():
+    assert plan(1, 4096, 4096, gpu=(100, 148)) == plan(1, 4096, 4096, gpu=H200)
+
+
+@pytest.mark.parametrize("gpu", [(86, 84), (89, 128), (120, 170)])
+def test_gpus_with_less_shared_memory_have_a_kernel_that_fits(gpu):
+    assert plan(1, 4096, 4096, gpu=gpu) >= 0
+    assert plan(1, 4096, 4096, gpu=gpu) != plan(1, 4096, 4096, gpu=H200)
