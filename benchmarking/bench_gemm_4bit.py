@@ -1,0 +1,170 @@
+"""The 4-bit matmul on a GPU next to dense bf16 ``torch.nn.functional.linear``, as a decoding step sees it.
+
+Each row replays a CUDA graph of many calls over weights that together exceed the caches, so a time is that of one call
+without the host. GB/s counts the packed weight, its statistics and the activations once; the floor is what a copy
+reaches. ``--package`` takes a folder with another installation of bitsandbytes and times that one the same way, in a
+process of its own.
+
+    python benchmarking/bench_gemm_4bit.py [--quick] [--package DIR] [--no-write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
+QUICK_TOKENS = [1, 8, 16, 32, 64]
+BLOCKSIZE = 64
+DTYPE = torch.bfloat16
+_ROTATED_BYTES = 256 << 20  # of weights, several times a last-level cache
+_REPLAYS = 15
+_WARM_SECONDS = 0.1  # of work before the first timing, for the clocks to rise
+
+
+def graph_times(call: Callable[[int], object], count: int) -> list[float]:
+    """Seconds of one call, from replays of a graph that makes ``count``."""
+    call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            call(i)
+    deadline = time.perf_counter() + _WARM_SECONDS
+    while time.perf_counter() < deadline:
+        graph.replay()
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(_REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / count)
+    return times
+
+
+def copies_of(nbytes: int) -> int:
+    return max(2, -(_ROTATED_BYTES // -nbytes))
+
+
+def times_of_4bit(N: int, K: int, tokens: list[int], nested: bool) -> dict[int, list[float]]:
+    """Times of ``matmul_4bit`` by number of tokens, with whatever bitsandbytes is imported."""
+    import bitsandbytes as bnb
+
+    def quantize():
+        weight = torch.randn(N, K, device="cuda", dtype=DTYPE) / K**0.5
+        return bnb.functional.quantize_4bit(
+            weight, blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=nested
+        )
+
+    weights = [quantize() for _ in range(copies_of(N * K // 2))]
+    found = {}
+    for M in tokens:
+        A = torch.randn(M, K, device="cuda", dtype=DTYPE)
+
+        def call(i: int, A: torch.Tensor = A) -> None:
+            packed, state = weights[i % len(weights)]
+            bnb.matmul_4bit(A, packed.t(), state)
+
+        with torch.no_grad():
+            found[M] = graph_times(call, max(20, len(weights)))
+    return found
+
+
+def times_of_dense(N: int, K: int, tokens: list[int]) -> dict[int, list[float]]:
+    weights = [torch.randn(N, K, device="cuda", dtype=DTYPE) for _ in range(copies_of(N * K * 2))]
+    found = {}
+    for M in tokens:
+        A = torch.randn(M, K, device="cuda", dtype=DTYPE)
+        found[M] = graph_times(
+            lambda i, A=A: torch.nn.functional.linear(A, weights[i % len(weights)]), max(20, len(weights))
+        )
+    return found
+
+
+def moved(M: int, N: int, K: int, nested: bool) -> int:
+    blocks = N * K // BLOCKSIZE
+    return N * K // 2 + (blocks + blocks // 64 if nested else 4 * blocks) + 2 * M * (N + K)
+
+
+def times_of_package(folder: str, N: int, K: int, tokens: list[int], nested: bool) -> dict[int, list[float]]:
+    """The same in a process whose bitsandbytes comes from ``folder``."""
+    environment = {**os.environ, "PYTHONPATH": folder}
+    command = [sys.executable, __file__, "--child", json.dumps([N, K, tokens, nested])]
+    output = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, cwd="/"
+    ).stdout
+    return {int(M): times for M, times in json.loads(output.splitlines()[-1]).items()}
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.randn(
+        8192, 28672, device="cuda"
+    )  # no power of two, which would favour some memory channels
+    target = torch.empty_like(source)
+    times = sorted(graph_times(lambda i: target.copy_(source), 5))
+    return 2 * source.nbytes / times[len(times) // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few numbers of tokens")
+    parser.add_argument("--package", help="folder with another bitsandbytes to time as well")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(times_of_4bit(*json.loads(options.child))))
+        return
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from harness import Report, Row, row
+
+    report = Report("gemm-4bit")
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s")
+    tokens = QUICK_TOKENS if options.quick else TOKENS
+
+    def add(name: str, ours: list[float], dense: list[float], M: int, N: int, K: int, nested: bool) -> None:
+        share = moved(M, N, K, nested) / bandwidth / (sorted(ours)[len(ours) // 2])
+        shape = (M, N, K)
+        kwargs = {"shape": shape, "dtype": DTYPE, "device": "cuda", "moved": moved(M, N, K, nested)}
+        made: Row = row(name, "dense bf16 linear", (ours, dense), cold=True, **kwargs)
+        report.rows.append(made)
+        print(
+            f"{name:22} {M:5} x {N:5} x {K:5} {made.median * 1e6:8.2f} us   dense {made.baseline_median * 1e6:8.2f} us"
+            f"   {made.ratio:5.2f}x   {share:4.0%} of the byte floor",
+            flush=True,
+        )
+
+    for N, K in SHAPES:
+        dense = times_of_dense(N, K, tokens)
+        torch.cuda.empty_cache()
+        for nested in (False, True):
+            kind = "nf4 nested" if nested else "nf4"
+            times = times_of_4bit(N, K, tokens, nested)
+            torch.cuda.empty_cache()
+            for M in tokens:
+                add(f"{kind} matmul_4bit", times[M], dense[M], M, N, K, nested)
+            if options.package:
+                theirs = times_of_package(options.package, N, K, tokens, nested)
+                for M in tokens:
+                    add(f"{kind} other package", theirs[M], dense[M], M, N, K, nested)
+    if not options.no_write:
+        print(report.write())
+
+
+if __name__ == "__main__":
+    main()

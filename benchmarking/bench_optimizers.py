@@ -1,0 +1,138 @@
+"""Optimizer steps against the bytes they must move, and against torch's fused AdamW.
+
+Every step is timed in turn with a device copy of the same number of bytes (half read, half written), so its ratio is its
+share of the copy's bandwidth; a second row of AdamW names torch.optim.AdamW(fused=True) as the baseline. The last row is
+the host's time for a step on 1000 small tensors, with torch's as baseline.
+
+    python benchmarking/bench_optimizers.py [--elements 500000000] [--no-write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from harness import Report, measure_pair, row
+
+import bitsandbytes.optim as optim
+
+
+class Case(NamedTuple):
+    name: str
+    state_bytes: float  # per element, read and written
+    reads_twice: bool = False  # a norm limit reads gradient, parameter and state once more
+    settings: dict = {}
+
+
+_SCALE = 4 / 256  # an absmax for 256 elements
+EIGHT = 2 * (1 + _SCALE)
+CASES_8BIT = [
+    Case("AdamW8bit", 2 * EIGHT),
+    Case("Lion8bit", EIGHT),
+    Case("SGD8bit", EIGHT, settings={"lr": 1e-3, "momentum": 0.9}),
+    Case("RMSprop8bit", EIGHT),
+    Case("Adagrad8bit", EIGHT),
+    Case("AdEMAMix8bit", 3 * EIGHT),
+    Case("LAMB8bit", 2 * EIGHT, reads_twice=True),
+]
+CASES_32BIT = [Case("AdamW32bit", 16), Case("Lion32bit", 8)]
+
+
+def moved_by(case: Case, params: list[torch.nn.Parameter]) -> int:
+    n, size = sum(p.numel() for p in params), params[0].element_size()
+    moved = n * (3 * size + case.state_bytes)
+    if case.reads_twice:
+        moved += n * (2 * size + case.state_bytes / 2)
+    return int(moved)
+
+
+def copy_of(moved: int) -> Callable[[], object]:
+    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def parameters(sizes: list[int], dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    params = []
+    for size in sizes:
+        p = torch.nn.Parameter(torch.randn(size, device="cuda", dtype=dtype))
+        p.grad = torch.randn_like(p) * 0.01
+        params.append(p)
+    return params
+
+
+def bench(
+    report: Report, case: Case, sizes: list[int], dtype: torch.dtype, beside_torch: bool = False
+) -> None:
+    params = parameters(sizes, dtype)
+    optimizer = getattr(optim, case.name)(params, **case.settings)
+    about = {
+        "shape": (len(params), sum(sizes)),
+        "dtype": dtype,
+        "device": "cuda",
+        "moved": moved_by(case, params),
+    }
+    copy = copy_of(about["moved"])
+    report.add(
+        row(case.name, "device copy", measure_pair(optimizer.step, copy, "cuda", seconds=0.15), **about)
+    )
+    del copy
+    if beside_torch:
+        reference = torch.optim.AdamW(params, fused=True)
+        times = measure_pair(optimizer.step, reference.step, "cuda", seconds=0.15)
+        report.add(row(case.name, "torch AdamW fused", times, **about))
+
+
+def host_time(optimizer: torch.optim.Optimizer) -> float:
+    """Of one call of step(), which returns before the device is done."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    optimizer.step()
+    return time.perf_counter() - start
+
+
+def bench_host(report: Report, name: str, count: int = 1000, size: int = 4096) -> None:
+    params = parameters([size] * count, torch.bfloat16)
+    optimizers = getattr(optim, name)(params), torch.optim.AdamW(params, fused=True)
+    for optimizer in optimizers:
+        for _ in range(3):
+            optimizer.step()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(50):
+        for kept, optimizer in zip(times, optimizers, strict=True):
+            kept.append(host_time(optimizer))
+    about = {"shape": (count, count * size), "dtype": torch.bfloat16, "device": "cuda", "moved": 0}
+    report.add(row(f"{name} host", "torch AdamW fused host", times, **about))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--elements", type=int, default=500_000_000)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+
+    report, n = Report("optimizers"), options.elements
+    many = [n * 11 // 1000] * 200
+    for case in CASES_8BIT:
+        if options.only in case.name:
+            first = case.name == "AdamW8bit"
+            bench(report, case, [n], torch.bfloat16, beside_torch=first)
+            bench(report, case, many, torch.bfloat16, beside_torch=first)
+    for case in CASES_32BIT:
+        for dtype in (torch.bfloat16, torch.float32):
+            if options.only in case.name:
+                bench(report, case, [n], dtype, beside_torch=case.name == "AdamW32bit")
+    if options.only in "AdamW8bit":
+        bench(report, CASES_8BIT[0], [n], torch.float32)
+    bench_host(report, "AdamW8bit")
+    bench_host(report, "AdamW32bit")
+    if not options.no_write:
+        print(report.write())
+
+
+if __name__ == "__main__":
+    main()
