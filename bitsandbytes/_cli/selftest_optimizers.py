@@ -200,7 +200,8 @@ def _case_rounding(numel: int) -> Case:
 
     def error(args: tuple, after: Sequence) -> float:
         values = args[0].double()
-        step = torch.exp2(values.abs().clamp(min=2.0**-126).log2().floor() - 7)  # a normal draw can be exactly 0
+        magnitude = values.abs().clamp(min=2.0**-126)  # a normal draw can be exactly 0
+        step = torch.exp2(magnitude.log2().floor() - 7)
         off = (after[0].double() - values) / step
         drift = off.mean().abs().item() * sqrt(numel)
         return off.abs().max().item() if drift < 3.0 else float("inf")  # the spread of off is at most a half
