@@ -1,5 +1,5 @@
 """Native kernels for the CPU."""
 
-from . import optimizers
+from . import int8, optimizers
 
-__all__ = ["optimizers"]
+__all__ = ["int8", "optimizers"]

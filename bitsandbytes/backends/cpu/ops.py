@@ -1,4 +1,4 @@
-"""CPU kernels: native ones where the loaded library has them, and torch's int8 product.
+"""4-bit and block-wise CPU kernels, registered only where the loaded library has them.
 
 The default backend serves the rest. Kernels read plain contiguous memory, so strided inputs are copied first. Codes
 and dequantized values are the default backend's bit for bit; matrix products accumulate in float32 and round once.
@@ -6,7 +6,6 @@ and dequantized values are the default backend's bit for bit; matrix products ac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import gcd
 
 import torch
@@ -14,19 +13,17 @@ from torch import Tensor
 
 from ..._formats.packing import as_bytes
 from ..._formats.table import FORMATS, NESTED_BLOCKSIZE
-from ..._native import DTYPE_ID, FORMAT_ID, has_native, lib, ptr, threads
+from ..._native import DTYPE_ID, FORMAT_ID, lib, ptr, threads
 from ..._ops import (
-    Operator,
     dequantize_4bit,
     dequantize_blockwise,
     gemm_4bit,
     gemv_4bit,
-    int8_linear_matmul,
-    int8_vectorwise_quant,
     quantize_4bit,
     quantize_blockwise,
 )
 from ..default.ops import linear_into
+from .registration import native_kernel as _native_kernel
 
 __all__: list[str] = []
 
@@ -38,11 +35,6 @@ _CODE = {
 # From this many rows on, decoding the weight for torch's matmul beats the fused kernel: benchmarking/bench_cpu.py.
 _FUSED_ROWS = {torch.float32: 8, torch.float16: 1024, torch.bfloat16: 8}
 _PANEL_BYTES = 2 << 20  # of decoded weight at a time: stays in the cache, and its memory is touched once
-
-
-def _native_kernel(operator: Operator, symbol: str) -> Callable[[Callable], Callable]:
-    """Register the filling for the CPU if the library has its symbol."""
-    return operator.kernel("cpu") if has_native(symbol) else lambda fill: fill
 
 
 @_native_kernel(quantize_4bit, "bnb_cpu_quantize_4bit")
@@ -89,27 +81,6 @@ def _(A, absmax, code, blocksize, dtype, out):
     lib.bnb_cpu_dequantize_blockwise(
         ptr(code), ptr(A), ptr(absmax), ptr(out), DTYPE_ID[dtype], out.numel(), blocksize, threads()
     )
-
-
-@_native_kernel(int8_vectorwise_quant, "bnb_cpu_int8_vectorwise_quant")
-def _(A, threshold=0.0):
-    A = A.contiguous()
-    rows, cols = A.shape[:-1].numel(), A.shape[-1]
-    quantized = torch.empty_like(A, dtype=torch.int8)
-    row_stats = torch.empty(rows, dtype=torch.float32)
-    flags = torch.zeros(cols, dtype=torch.uint8) if threshold > 0.0 else None
-    lib.bnb_cpu_int8_vectorwise_quant(
-        ptr(A),
-        DTYPE_ID[A.dtype],
-        ptr(quantized),
-        ptr(row_stats),
-        ptr(flags),
-        rows,
-        cols,
-        threshold,
-        threads(),
-    )
-    return quantized, row_stats, None if flags is None else flags.nonzero().view(-1)
 
 
 def _expanded(
@@ -190,17 +161,3 @@ def _(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_cod
 @_native_kernel(gemv_4bit, "bnb_cpu_gemm_4bit")
 def _(A, B, shapeB, absmax, code, blocksize, out):
     _multiply(A, B, shapeB, absmax, code, blocksize, None, out)
-
-
-def _int8_linear_matmul(A, B, out):
-    K = A.shape[-1]
-    rows, columns = A.reshape(A.shape[:-1].numel(), K), out.view(A.shape[:-1].numel(), B.shape[0])
-    if K == 1:  # torch takes a transposed column for a plain row
-        torch.mul(rows.int(), B.reshape(1, -1).int(), out=columns)
-    else:
-        torch._int_mm(rows.contiguous(), B.contiguous().t(), out=columns)
-
-
-# Without VNNI, torch's int8 product may saturate in between; the default backend is exact there.
-if hasattr(torch, "_int_mm") and torch.cpu._is_vnni_supported():
-    int8_linear_matmul.kernel("cpu")(_int8_linear_matmul)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from ..._formats.rules import RULES, StepScalars, step_scalars
-from ..._native import ABI, DTYPE_ID, RULE_ID, has_native, lib, ptr, threads
+from ..._native import ABI, DTYPE_ID, RULE_ID, lib, ptr, threads
 from ..._ops import (
-    Operator,
     optimizer_update_4bit_blockwise,
     optimizer_update_8bit_blockwise,
     optimizer_update_32bit,
     round_to_bfloat16,
 )
 from ..default.optimizers import plain_memory
+from .registration import native_kernel as _native_kernel
 
 __all__: list[str] = []
-
-
-def _native_kernel(operator: Operator, symbol: str) -> Callable[[Callable], Callable]:
-    """Register the filling for the CPU if the library has its symbol."""
-    return operator.kernel("cpu") if has_native(symbol) else lambda fill: fill
 
 
 def _config(scalars: StepScalars, limit: float = 0.0) -> bytes:
