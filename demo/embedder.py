@@ -19,7 +19,7 @@ import bitsandbytes as bnb
 __all__ = ["FORMATS", "Embedder", "embed", "linear_weight_bytes", "model_folder", "throughput"]
 
 # int8 keeps the library's default outlier threshold; 4-bit matmuls accumulate in the dtype of their input.
-# transformers cannot ask for a block size, so the last format is made by the command line alone.
+# transformers cannot ask for fitted scales, so the last format is made by the command line alone.
 FORMATS: dict[str, BitsAndBytesConfig | None] = {
     "fp32": None,
     "int8": BitsAndBytesConfig(load_in_8bit=True),
@@ -28,7 +28,7 @@ FORMATS: dict[str, BitsAndBytesConfig | None] = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),
     "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
-    "fp4, blocks of 32": None,
+    "fp4, fitted scales": None,
 }
 
 

@@ -15,6 +15,7 @@ import bitsandbytes.functional as F
 from bitsandbytes._cli import plan_by_model, plan_by_name, quantize
 from bitsandbytes._cli.checkpoint import Checkpoint
 from bitsandbytes._cli.tensor_files import SafetensorsWriter
+from bitsandbytes._quant.clipping import clip_to_fit
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -23,6 +24,7 @@ FORMATS = [
     ("nf4", "--double-quant"),
     ("fp4", "--blocksize", "128"),
     ("fp4", "--double-quant", "--blocksize", "32"),
+    ("nf4", "--fit-scales", "--double-quant"),
     ("int8",),
 ]
 
@@ -43,10 +45,11 @@ def expected(weight: torch.Tensor, name: str, options: tuple[str, ...]) -> dict[
             name.removesuffix("weight") + "SCB": scales,
             name.removesuffix("weight") + "weight_format": torch.tensor(0, dtype=torch.uint8),
         }
+    blocksize = int(options[options.index("--blocksize") + 1]) if "--blocksize" in options else 64
     packed, state = F.quantize_4bit(
-        weight,
+        clip_to_fit(weight, blocksize, options[0]) if "--fit-scales" in options else weight,
         quant_type=options[0],
-        blocksize=int(options[options.index("--blocksize") + 1]) if "--blocksize" in options else 64,
+        blocksize=blocksize,
         compress_statistics="--double-quant" in options,
     )
     return {name: packed} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
@@ -337,6 +340,7 @@ def test_already_quantized(cli, models, tmp_path):
         (("--format", "nf4", "--blocksize", "x"), "x"),
         (("--format", "int8", "--blocksize", "64"), "int8"),
         (("--format", "int8", "--double-quant"), "int8"),
+        (("--format", "int8", "--fit-scales"), "int8"),
         (("--format", "nf4", "--device", "warp:0"), "--device"),
         (("--format", "nf4", "--shard-size", "much"), "much"),
         (("--format", "nf4", "--dtype", "int8"), "int8"),
