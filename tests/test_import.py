@@ -7,6 +7,7 @@ import json
 import os
 
 import pytest
+import torch
 
 import bitsandbytes
 from processes import run_python
@@ -117,6 +118,31 @@ def test_import_survives_a_fork():
             torch.set_num_threads(1)
             again, _ = F.quantize_4bit(values)
             os._exit(0 if torch.equal(again, packed) else 1)
+        _, status = os.waitpid(child, 0)
+        print(status)
+        """
+    )
+
+    assert done.stdout.strip() == "0"
+
+
+@pytest.mark.skipif(
+    not (hasattr(os, "fork") and torch.cuda.device_count()), reason="needs fork and a CUDA device"
+)
+def test_a_forked_child_may_use_the_gpu():
+    """As data loaders and process pools do: the parent only imported."""
+    done = run_python(
+        """
+        import os
+        import signal
+        import torch
+        import bitsandbytes.functional as F
+
+        child = os.fork()
+        if child == 0:
+            signal.alarm(120)
+            F.quantize_4bit(torch.ones(64, device="cuda"))
+            os._exit(0)
         _, status = os.waitpid(child, 0)
         print(status)
         """

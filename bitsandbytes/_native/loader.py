@@ -31,6 +31,7 @@ from .specs import (
     CUDASpecs,
     get_cuda_version_string,
     get_cuda_version_tuple,
+    has_cuda_device,
 )
 
 __all__ = [
@@ -157,7 +158,7 @@ def get_xpu_bnb_library_path() -> Path:
 def _torch_specs() -> CUDASpecs | None:
     """What choosing a file needs to know. The capability is left out: asking for it would initialise CUDA."""
     version, text = get_cuda_version_tuple(), get_cuda_version_string()
-    if version is None or text is None or not torch.cuda.is_available():
+    if version is None or text is None or not has_cuda_device():
         return None
     return CUDASpecs((0, 0), text, version)
 

@@ -41,12 +41,21 @@ NONPYTORCH_DOC_URL = "https://huggingface.co/docs/bitsandbytes/main/en/installat
 HIP_ENVIRONMENT: bool = bool(torch.version.hip)
 
 
+def has_cuda_device() -> bool:
+    """Whether torch sees a CUDA or ROCm device, asked so that forked processes can still use it.
+
+    ``torch.cuda.is_available()`` starts the driver, which no process survives a fork; counting asks the driver's
+    management library first.
+    """
+    return torch.cuda.device_count() > 0
+
+
 def _built_for() -> Literal["CPU", "CUDA", "ROCm", "XPU"]:
     if getattr(torch._C, "_has_xpu", False):
         return "XPU"
     if HIP_ENVIRONMENT:
         return "ROCm"
-    return "CUDA" if torch.cuda.is_available() else "CPU"
+    return "CUDA" if has_cuda_device() else "CPU"
 
 
 BNB_BACKEND: Literal["CPU", "CUDA", "ROCm", "XPU"] = _built_for()
@@ -90,7 +99,7 @@ def get_cuda_version_string() -> str | None:
 def get_cuda_specs() -> CUDASpecs | None:
     """None without CUDA or devices, or when asking for them fails."""
     try:
-        capabilities = get_compute_capabilities() if torch.cuda.is_available() else []
+        capabilities = get_compute_capabilities() if has_cuda_device() else []
         version, text = get_cuda_version_tuple(), get_cuda_version_string()
     except Exception:  # whatever a broken driver raises: this is a question, not a demand
         return None

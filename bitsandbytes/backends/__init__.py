@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+from .._native.specs import has_cuda_device
 from . import utils
 
 __all__ = ["ENTRY_POINT_GROUP", "load_builtin", "load_plugins", "utils"]
@@ -28,7 +29,7 @@ def _present() -> Iterator[str]:
     """Names of the built-in backends whose device this machine has; the default one first."""
     yield "default"
     yield "cpu"
-    if torch.cuda.is_available():
+    if has_cuda_device():
         yield "cuda"
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         yield "xpu"
