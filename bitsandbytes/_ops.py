@@ -28,7 +28,12 @@ from ._checks import (
     require,
 )
 from ._formats.rules import RULES
-from ._formats.table import NESTED_BLOCKSIZE, OPTIMIZER_4BIT_BLOCKSIZE, OPTIMIZER_BLOCKSIZE
+from ._formats.table import (
+    NESTED_BLOCKSIZE,
+    OPTIMIZER_4BIT_BLOCKSIZE,
+    OPTIMIZER_BLOCKSIZE,
+    STORAGE_DTYPES,
+)
 from ._operator import OPERATORS, Operator, Result, operator
 
 __all__ = ["OPERATORS", "Operator", "Result", "operator", "register_fake", "register_kernel"]
@@ -81,20 +86,22 @@ def dequantize_4bit(A: Tensor, absmax: Tensor, blocksize, quant_type, shape, dty
 
 
 def _check_matmul_4bit(A: Tensor, B: Tensor, shapeB, blocksize) -> Result:
-    require(len(shapeB) == 2, f"shapeB must be 2D [N, K], got {list(shapeB)}")
+    if len(shapeB) != 2:
+        raise ArgumentError(f"shapeB must be 2D [N, K], got {list(shapeB)}")
     N, K = shapeB
-    if A.dim() < 1 or A.shape[-1] != K:
+    shape = A.shape
+    if len(shape) < 1 or shape[-1] != K:
         raise ArgumentError(
-            f"A inner dim ({A.shape[-1] if A.dim() else None}) must match shapeB ({list(shapeB)})"
+            f"A inner dim ({shape[-1] if shape else None}) must match shapeB ({list(shapeB)})"
         )
     check_float(A.dtype, "A must be float16, bfloat16, or float32: a 4-bit matmul")
-    if B.dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
+    if B.dtype not in STORAGE_DTYPES:
         raise ArgumentError(
             f"B must be backed by storage of type uint8, bfloat16, float16, or float32, got {B.dtype}"
         )
     check_blocksize(blocksize)
     check_packed(B, N * K, "B")
-    return Result((*A.shape[:-1], N), A.dtype)
+    return Result((*shape[:-1], N), A.dtype)
 
 
 @operator(
@@ -139,10 +146,14 @@ def gemm_4bit(
             raise ArgumentError(
                 f"absmax_8bit must be 1D with at least {blocks} values, got shape {tuple(absmax_8bit.shape)}"
             )
-        require(absmax_code is not None, "absmax_code required when absmax_8bit is provided")
-        require(absmax_offset is not None, "absmax_offset required when absmax_8bit is provided")
+        if absmax_code is None or absmax_offset is None:
+            missing = "absmax_code" if absmax_code is None else "absmax_offset"
+            raise ArgumentError(f"{missing} required when absmax_8bit is provided")
         check_map(absmax_code, "absmax_code")
-        require(absmax_offset.numel() == 1, "absmax_offset must be 0-dim (one value)")
+        if absmax_offset.numel() != 1:
+            raise ArgumentError(
+                f"absmax_offset must be 0-dim (one value), got {absmax_offset.numel()} values"
+            )
         check_absmax(absmax, blocks, NESTED_BLOCKSIZE)
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != N:

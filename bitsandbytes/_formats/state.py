@@ -74,6 +74,8 @@ class QuantState:
 
     __hash__ = None  # type: ignore[assignment]
 
+    packing_format_for_cpu = False  # programs may hand over states in the CPU layout of earlier releases
+
     def __init__(
         self,
         absmax: Tensor,

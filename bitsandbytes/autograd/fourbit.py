@@ -17,6 +17,7 @@ from .._checks import ArgumentError
 from .._formats.packing import convert_weight_packed_for_cpu_inverse
 from .._formats.state import QuantState
 from .._formats.table import NESTED_BLOCKSIZE
+from .._ops import gemm_4bit
 from .._quant.fourbit import dequantize_4bit
 
 __all__ = ["MatMul4Bit", "matmul_4bit"]
@@ -43,14 +44,16 @@ def matmul_4bit(
         raise ArgumentError(
             "quant_state is required: matmul_4bit needs the state that quantize_4bit returned"
         )
-    if quant_state.shape is None or len(quant_state.shape) != 2:
-        shape = quant_state.shape if quant_state.shape is None else list(quant_state.shape)
-        raise ArgumentError(f"quant_state.shape must be 2D [N, K], got {shape}")
-    if getattr(quant_state, "packing_format_for_cpu", False):
+    shape = quant_state.shape
+    if shape is None or len(shape) != 2:
+        raise ArgumentError(
+            f"quant_state.shape must be 2D [N, K], got {shape if shape is None else list(shape)}"
+        )
+    if quant_state.packing_format_for_cpu:
         B, quant_state = convert_weight_packed_for_cpu_inverse(B, copy.copy(quant_state))
 
-    N, K = quant_state.shape
-    if A.dim() > 0 and A.shape[-1] == N and A.shape[-1] != K:
+    N, K = shape
+    if N != K and A.dim() > 0 and A.shape[-1] == N:
         return _matmul_transposed(A, B, quant_state, out, bias)
 
     needs_grad = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
@@ -82,29 +85,41 @@ def _gemm(A: Tensor, B: Tensor, bias: Tensor | None, quant_state: QuantState) ->
 
     Some loaders cast all floating-point entries of a checkpoint, statistics among them, to the model's dtype.
     """
-    if A.numel() == 0 and A.dim() > 0 and A.shape[-1] == quant_state.shape[1]:
-        product = A.new_zeros((*A.shape[:-1], quant_state.shape[0]))
+    shape = quant_state.shape
+    if A.numel() == 0 and A.dim() > 0 and A.shape[-1] == shape[1]:
+        product = A.new_zeros((*A.shape[:-1], shape[0]))
         return product if bias is None else product + bias
-    arguments = (A, B, quant_state.shape)
     if not quant_state.nested:
-        return torch.ops.bitsandbytes.gemm_4bit(
-            *arguments, quant_state.absmax.float(), quant_state.blocksize, quant_state.quant_type, bias
+        return gemm_4bit(
+            A,
+            B,
+            shape,
+            _float32(quant_state.absmax),
+            quant_state.blocksize,
+            quant_state.quant_type,
+            bias,
         )
     second = quant_state.state2
     if second.blocksize != NESTED_BLOCKSIZE:
         raise NotImplementedError(
             f"quant_state.state2.blocksize must be {NESTED_BLOCKSIZE} for a matmul, got {second.blocksize}"
         )
-    return torch.ops.bitsandbytes.gemm_4bit(
-        *arguments,
-        second.absmax.float(),
+    return gemm_4bit(
+        A,
+        B,
+        shape,
+        _float32(second.absmax),
         quant_state.blocksize,
         quant_state.quant_type,
         bias,
         quant_state.absmax,
-        second.code.float(),
+        _float32(second.code),
         quant_state.offset,
     )
+
+
+def _float32(statistics: Tensor) -> Tensor:
+    return statistics if statistics.dtype == torch.float32 else statistics.float()
 
 
 def _decoded(B: Tensor, quant_state: QuantState) -> Tensor:

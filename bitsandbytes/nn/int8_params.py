@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._operator import plain_parameter
 from .._quant.int8 import int8_vectorwise_quant
 from .params4bit import _device_of_type
 
 __all__ = ["Int8Params"]
 
 
+@plain_parameter
 class Int8Params(nn.Parameter):
     """A weight ``[N, K]`` that becomes int8 on its first ``.to(device)`` from the CPU, unless ``has_fp16_weights``.
 

@@ -97,11 +97,11 @@ class Linear4bit(nn.Linear):
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
-        input_dtype = x.dtype
-        if self.compute_dtype is not None:
-            x = x.to(self.compute_dtype)
-        bias = bias_as(self, x.dtype)
-        return matmul_4bit(x, self.weight, bias=bias, quant_state=quant_state).to(input_dtype)
+        dtype, compute_dtype = x.dtype, self.compute_dtype
+        bias = bias_as(self, dtype if compute_dtype is None else compute_dtype)
+        if compute_dtype is None or compute_dtype == dtype:
+            return matmul_4bit(x, self.weight, quant_state, bias=bias)
+        return matmul_4bit(x.to(compute_dtype), self.weight, quant_state, bias=bias).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         forget_given_bias(self)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .._formats.packing import convert_weight_packed_for_cpu_inverse
 from .._formats.state import QuantState
 from .._formats.table import DEFAULT_BLOCKSIZE
+from .._operator import plain_parameter
 from .._quant.fourbit import quantize_4bit
 from ._notices import notify
 
@@ -68,6 +69,7 @@ def _of_state(name: str, *path: str) -> property:
     return property(follow)
 
 
+@plain_parameter
 class Params4bit(nn.Parameter):
     """A weight that becomes 4-bit codes plus a :class:`QuantState` on its first ``.to(device)``.
 
@@ -293,7 +295,9 @@ def quant_state_of(module: nn.Module) -> QuantState | None:
     An exporter runs the layer with stand-ins for its parameters; those are left as they are.
     """
     state = getattr(module.weight, "quant_state", None)
-    if state is None and torch.compiler.is_compiling():
+    if state is not None:
+        return state
+    if torch.compiler.is_compiling():
         return module.quant_state
     fix_4bit_weight_quant_state_from_module(module)
     return module.weight.quant_state

@@ -1,0 +1,172 @@
+"""Calling an ``Operator`` is calling the torch operator: the same results, and nobody who watches misses a call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitsandbytes import nn
+from bitsandbytes._ops import OPERATORS
+from oracles import assert_same_bytes
+from processes import run_python
+from samples import OPERATOR_NAMES, samples
+
+DEQUANT = torch.ops.bitsandbytes.int8_vectorwise_dequant
+
+
+def _arguments() -> tuple[Tensor, Tensor]:
+    return torch.randint(-127, 128, (3, 8), dtype=torch.int8), torch.rand(3)
+
+
+def _call(*args: Tensor) -> Tensor:
+    return OPERATORS["int8_vectorwise_dequant"](*args)
+
+
+def _goes_direct(*args: object, name: str = "int8_vectorwise_dequant") -> bool:
+    return OPERATORS[name]._direct_kernel(args) is not None
+
+
+def _tensors(values: object) -> list[Tensor]:
+    return [x for x in (values if isinstance(values, tuple) else (values,)) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("name", OPERATOR_NAMES)
+def test_a_direct_call_gives_the_same_results(device, name):
+    direct = 0
+    for arguments in samples(name, device):
+        theirs = tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
+        direct += _goes_direct(*arguments, name=name)
+
+        mine = OPERATORS[name](*arguments)
+        other = getattr(torch.ops.bitsandbytes, name)(*theirs)
+
+        pairs = zip(_tensors(mine) + _tensors(arguments), _tensors(other) + _tensors(theirs), strict=True)
+        for one, expected in pairs:
+            assert one.stride() == expected.stride() or one.numel() == 0
+            assert_same_bytes(one, expected)
+    assert direct > 0
+
+
+def test_a_direct_call_checks_its_arguments():
+    codes, stats = _arguments()
+
+    with pytest.raises(ValueError, match="stats must have one value for each of A's 3 rows"):
+        _call(codes, stats[:2])
+
+
+def test_a_dispatch_mode_sees_the_operator():
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[object] = []
+    with Recorder():
+        _call(*_arguments())
+
+    assert DEQUANT.default in seen
+
+
+def test_a_function_mode_sees_the_operator():
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[object] = []
+    with Recorder():
+        _call(*_arguments())
+
+    assert any(func in (DEQUANT, DEQUANT.default) for func in seen)
+
+
+def test_a_subclass_sees_the_operator():
+    class Recorder(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    seen: list[object] = []
+    codes, stats = _arguments()
+    _call(codes.as_subclass(Recorder), stats)
+
+    assert any(func in (DEQUANT, DEQUANT.default) for func in seen)
+
+
+def test_a_profile_shows_the_operator():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _call(*_arguments())
+
+    assert "bitsandbytes::int8_vectorwise_dequant" in [event.key for event in profile.key_averages()]
+
+
+def test_a_trace_records_the_operator():
+    codes, stats = _arguments()
+    traced = torch.jit.trace(_call, (codes, stats))
+
+    assert "bitsandbytes::int8_vectorwise_dequant" in str(traced.graph)
+    assert torch.equal(traced(codes.flip(0), stats), _call(codes.flip(0), stats))
+
+
+def test_a_compiled_graph_contains_the_operator():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    codes, stats = _arguments()
+    compiled = torch.compile(_call, fullgraph=True, backend=backend)
+
+    assert torch.equal(compiled(codes, stats), _call(codes, stats))
+    assert any("int8_vectorwise_dequant" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def test_vmap_and_gradients_are_left_to_torch():
+    codes, stats = _arguments()
+    went_direct = []
+
+    torch.func.vmap(lambda x: went_direct.append(_goes_direct(x, stats)) or x)(codes)
+    went_direct.append(_goes_direct(codes, stats.requires_grad_()))
+    with torch.no_grad():
+        assert _goes_direct(codes, stats)
+
+    assert went_direct == [False, False]
+
+
+def test_a_lazily_negated_tensor_is_negated():
+    codes, stats = _arguments()
+    negated = torch._neg_view(stats)
+
+    assert torch.equal(_call(codes, negated), _call(codes, -stats))
+
+
+def test_parameters_of_quantized_layers_are_plain():
+    four, eight = nn.Params4bit(torch.randn(8, 64)).to("cpu"), nn.Int8Params(torch.randn(8, 64)).to("cpu")
+
+    assert _goes_direct(four, torch.rand(8), 64, "fp4", [8, 64], torch.float32, name="dequantize_4bit")
+    assert _goes_direct(eight, eight.SCB)
+
+
+def test_a_kernel_that_a_third_party_registered_is_used():
+    done = run_python(
+        """
+        import torch, bitsandbytes
+        from bitsandbytes._ops import OPERATORS
+
+        arguments = torch.ones(2, 4, dtype=torch.int8), torch.ones(2)
+        ours = OPERATORS["int8_vectorwise_dequant"](*arguments)
+
+        @torch.library.register_kernel("bitsandbytes::int8_vectorwise_dequant", "cpu")
+        def theirs(A, stats):
+            return torch.full(A.shape, 42.0)
+
+        print(OPERATORS["int8_vectorwise_dequant"](*arguments).unique().tolist(), ours.unique().numel())
+        """
+    )
+
+    assert done.stdout.split() == ["[42.0]", "1"]
