@@ -21,7 +21,7 @@ requirements := $(wildcard requirements/*.txt)
 packages := $(VENV)/stamp-packages-$(call content_of,$(requirements))
 library := $(VENV)/stamp-cpu-$(call content_of,$(native_sources))
 cuda_library := $(VENV)/stamp-cuda-$(call content_of,$(native_sources))
-cxx_sources := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+cxx_sources := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 # cmake and ninja come from the virtual environment too.
 pip_build := PATH="$(abspath $(bin)):$$PATH" $(python) -m pip --no-input
@@ -34,12 +34,13 @@ pytest := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(python) -m pytest -n $(WORKERS) $
 
 say = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: help demo test test-without-native lint format bench cuda wheel clean
+.PHONY: help demo test test-without-native neon lint format bench cuda wheel clean
 
 help:
 	@echo 'make demo                 quantize a real model and train on it; table, plots, checkpoints under demo/output'
 	@echo 'make test                 the test suite on this machine'
 	@echo 'make test-without-native  the same with no native library: everything in plain torch'
+	@echo 'make neon                 cross-build the CPU library for ARM; `make test` then tests it under qemu-aarch64'
 	@echo 'make lint                 ruff, clang-format, mypy'
 	@echo 'make cuda                 build the CUDA library for every architecture (needs nvcc)'
 	@echo 'make wheel                the distributable package under dist/'
@@ -63,6 +64,13 @@ test-without-native: $(library)
 	@cp build/without-native/tests/without_native/sitecustomize.py build/without-native
 	cd build/without-native && PYTHONPATH=$$PWD $(subst $(VENV),$(abspath $(VENV)),$(pytest)) \
 		--ignore tests/native --ignore tests/compat/test_legacy_symbols.py
+
+neon: $(packages)
+	$(call say,CPU library for ARM)
+	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/neon -G Ninja -DCOMPUTE_BACKEND=cpu -DCMAKE_SYSTEM_NAME=Linux \
+		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	PATH="$(abspath $(bin)):$$PATH" cmake --build build/neon
+	aarch64-linux-gnu-g++ -O2 -std=c++17 -Wall -Wextra tests/native/emulated_server.cpp -ldl -o build/neon/emulated_server
 
 lint: $(packages)
 	$(call say,ruff)

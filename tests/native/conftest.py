@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from emulated import EmulatedLibrary, find_neon
 
 from bitsandbytes import _native
 from bitsandbytes._native.library import BNBNativeLibrary
@@ -29,10 +31,13 @@ def library_file() -> Path:
 
 
 @pytest.fixture(scope="session")
-def variants(library_file, tmp_path_factory) -> dict[str, BNBNativeLibrary]:
-    """Instruction set -> the library running it; a copy of the file is a library of its own to the dynamic loader."""
+def variants(library_file, tmp_path_factory) -> Iterator[dict[str, BNBNativeLibrary | EmulatedLibrary]]:
+    """Instruction set -> the library running it; a copy of the file is a library of its own to the dynamic loader.
+
+    With ``make neon`` the instruction set of another processor is among them.
+    """
     folder = tmp_path_factory.mktemp("variants")
-    found = {}
+    found: dict[str, BNBNativeLibrary | EmulatedLibrary] = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in _native.lib.bnb_cpu_isa_available().decode().split(","):
             copy = folder / f"{name}{library_file.suffix}"
@@ -40,4 +45,11 @@ def variants(library_file, tmp_path_factory) -> dict[str, BNBNativeLibrary]:
             patch.setenv("BNB_CPU_ISA", name)
             found[name] = BNBNativeLibrary(ctypes.CDLL(str(copy)))
             assert found[name].bnb_cpu_isa() == name.encode()
-    return found
+    command = find_neon()
+    if command is None:
+        yield found
+        return
+    neon = EmulatedLibrary(command, "neon")
+    assert neon.bnb_cpu_isa() == b"neon"
+    yield {**found, "neon": neon}
+    neon.close()
