@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from emulated import EmulatedLibrary, find_neon
 
 from bitsandbytes import _native
 from bitsandbytes._native.library import BNBNativeLibrary
+from emulated import EmulatedLibrary, find_neon
 
 HAVE_LIBRARY = _native.ABI is not None
 
