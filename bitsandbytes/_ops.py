@@ -85,6 +85,47 @@ def dequantize_4bit(A: Tensor, absmax: Tensor, blocksize, quant_type, shape, dty
     return Result(shape, dtype)
 
 
+@operator(
+    "embedding_4bit(Tensor indices, Tensor A, Tensor absmax, int blocksize, str quant_type, int num_embeddings, "
+    "int embedding_dim, ScalarType dtype) -> Tensor"
+)
+def embedding_4bit(
+    indices: Tensor, A: Tensor, absmax: Tensor, blocksize, quant_type, num_embeddings, embedding_dim, dtype
+):
+    """Rows ``[..., embedding_dim]`` of the 4-bit table ``A`` for ``indices [...]``, int32 or int64.
+
+    An index outside the table is an IndexError on the CPU; a GPU cannot say, and there the row is NaN.
+    """
+    _check_indices(indices)
+    check_blocksize(blocksize)
+    check_format(quant_type)
+    check_float(dtype, "A 4-bit embedding")
+    check_same_device(indices, "indices", A=A, absmax=absmax)
+    check_absmax(absmax, num_embeddings * embedding_dim, blocksize)
+    check_packed(A, num_embeddings * embedding_dim, "A")
+    return Result((*indices.shape, embedding_dim), dtype)
+
+
+@operator("embedding_8bit(Tensor indices, Tensor A, Tensor absmax, ScalarType dtype) -> Tensor")
+def embedding_8bit(indices: Tensor, A: Tensor, absmax: Tensor, dtype):
+    """Rows ``[..., columns]`` of the int8 table ``A [rows, columns]``, each scaled by its ``absmax [rows] / 127``."""
+    _check_indices(indices)
+    check_dtype(A, torch.int8, "A")
+    check_dtype(absmax, torch.float32, "absmax")
+    check_float(dtype, "An int8 embedding")
+    check_same_device(indices, "indices", A=A, absmax=absmax)
+    if A.dim() != 2 or absmax.shape != A.shape[:1]:
+        raise ArgumentError(
+            f"A must be [rows, columns] with absmax [rows], got {list(A.shape)} and {list(absmax.shape)}"
+        )
+    return Result((*indices.shape, A.shape[1]), dtype)
+
+
+def _check_indices(indices: Tensor) -> None:
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(f"indices must be int32 or int64, got {indices.dtype}")
+
+
 def _check_matmul_4bit(A: Tensor, B: Tensor, shapeB, blocksize) -> Result:
     if len(shapeB) != 2:
         raise ArgumentError(f"shapeB must be 2D [N, K], got {list(shapeB)}")

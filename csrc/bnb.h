@@ -168,6 +168,19 @@ BNB_API bnb_status bnb_cpu_gemm_4bit(
     void* out,
     int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t threads);
 
+/* Row indices[i] of a packed table [rows, columns], decoded, is row i of out [count, columns]. An index that is none is an
+ * error before anything is written. */
+BNB_API bnb_status bnb_cpu_embedding_4bit(
+    const int64_t* indices, const uint8_t* packed, const float* absmax, bnb_format format,
+    void* out, bnb_dtype dtype,
+    int64_t count, int64_t rows, int64_t columns, int64_t blocksize, int32_t threads);
+
+/* The same of a table of int8 rows, each scaled by its absmax / 127. */
+BNB_API bnb_status bnb_cpu_embedding_8bit(
+    const int64_t* indices, const int8_t* table, const float* absmax,
+    void* out, bnb_dtype dtype,
+    int64_t count, int64_t rows, int64_t columns, int32_t threads);
+
 /* ---- CPU: 8-bit block-wise ---- */
 
 /* Scale each block by its largest magnitude and take the nearest of the 256 ascending values of code; a tie takes the
@@ -267,6 +280,19 @@ BNB_API bnb_status bnb_cuda_dequantize_blockwise(
     const float* code, const uint8_t* codes, const float* absmax,
     void* values, bnb_dtype dtype,
     int64_t n, int64_t blocksize, bnb_stream stream);
+
+/* Row indices[i] of a packed table [rows, columns], decoded, is row i of out [count, columns]; NaN if the index is none.
+ * blocksize is a multiple of 16. */
+BNB_API bnb_status bnb_cuda_embedding_4bit(
+    const int64_t* indices, const uint8_t* packed, const float* absmax, bnb_format format,
+    void* out, bnb_dtype dtype,
+    int64_t count, int64_t rows, int64_t columns, int64_t blocksize, bnb_stream stream);
+
+/* The same of a table of int8 rows, each scaled by its absmax / 127. */
+BNB_API bnb_status bnb_cuda_embedding_8bit(
+    const int64_t* indices, const int8_t* table, const float* absmax,
+    void* out, bnb_dtype dtype,
+    int64_t count, int64_t rows, int64_t columns, bnb_stream stream);
 
 /* y = A @ W.T + bias, accumulated in float32 and rounded once. A is [M, K], out is [M, N], bias is [N] or null, all of
  * one dtype. W is [N, K], packed without padding of rows; its blocks run over the flattened weight and hold a power of

@@ -61,6 +61,42 @@ def _dequantize_4bit():
     yield _strided(packed), _strided(absmax), 64, "fp4", [8, 16], torch.float32
 
 
+def _embedding_4bit():
+    for rows, columns, blocksize, quant_type in (
+        (50, 128, 64, "nf4"),
+        (7, 33, 32, "fp4"),
+        (9, 80, 4096, "nf4"),
+    ):
+        for dtype in oracles.FLOAT_DTYPES:
+            table = (
+                *_weight(rows, columns, blocksize, quant_type),
+                blocksize,
+                quant_type,
+                rows,
+                columns,
+                dtype,
+            )
+            for shape in ((), (5,), (2, 3), (0,)):
+                yield torch.randint(rows, shape), *table
+            yield torch.randint(rows, (6, 4), dtype=torch.int32).t(), *table
+    packed, absmax = _weight(16, 64, 64, "fp4", torch.bfloat16)
+    yield torch.tensor([15, 0, 15]), packed.t(), _strided(absmax), 64, "fp4", 16, 64, torch.float32
+
+
+def _embedding_8bit():
+    for rows, columns in ((50, 24), (7, 33), (3, 1)):
+        table = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+        for dtype in oracles.FLOAT_DTYPES:
+            for shape in ((), (5,), (2, 3), (0,)):
+                yield torch.randint(rows, shape), table, torch.rand(rows), dtype
+    yield (
+        torch.tensor([[1, 3]], dtype=torch.int32),
+        _strided(table.repeat(2, 1)),
+        torch.rand(6),
+        torch.float16,
+    )
+
+
 def _gemm_4bit():
     for dtype in oracles.FLOAT_DTYPES:
         for quant_type in oracles.QUANT_TYPES:
@@ -277,6 +313,8 @@ def _round_to_bfloat16():
 _MAKERS = {
     "quantize_4bit": _quantize_4bit,
     "dequantize_4bit": _dequantize_4bit,
+    "embedding_4bit": _embedding_4bit,
+    "embedding_8bit": _embedding_8bit,
     "gemm_4bit": _gemm_4bit,
     "gemv_4bit": _gemv_4bit,
     "quantize_blockwise": _quantize_blockwise,

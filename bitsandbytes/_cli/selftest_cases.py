@@ -71,6 +71,7 @@ def cases(quick: bool) -> list[Case]:
         found += [_quantize_blockwise(dtype, numel), _dequantize_blockwise(dtype, numel)]
         found += _int8_quantize_cases(dtype, (N, K))
     found += _fourbit_cases("nf4", 4096, torch.bfloat16, numel, (N, K))[:2]
+    found += [_embedding_4bit((N, K)), _embedding_8bit((N, K))]
     return found + _int8_product_cases((64, N, K)) + optimizer_cases(numel)
 
 
@@ -200,6 +201,42 @@ def _fourbit_cases(
         Case("gemm_4bit", f"{label} M=64 nested", gemm_arguments(64, nested=True), product_error, limit),
         Case("gemv_4bit", label, gemv_arguments, gemv_error, limit),
     ]  # fmt: skip
+
+
+# --- look-ups --------------------------------------------------------------------------------------------------
+
+
+def _embedding_4bit(shape: tuple[int, int]) -> Case:
+    rows, columns = shape
+    blocksize, quant_type, dtype = 64, "nf4", torch.bfloat16
+
+    def make(generator: Generator) -> tuple:
+        table = (
+            _random_bytes(generator, rows * columns // 2, 1),
+            _scales(generator, rows * columns // blocksize),
+        )
+        indices = torch.randint(rows, (4 * rows,), generator=generator)
+        return indices, *table, blocksize, quant_type, rows, columns, dtype
+
+    def error(args: tuple, results: Sequence[Tensor]) -> float:
+        table = _decode_4bit(args[1], args[2], blocksize, quant_type, rows * columns)
+        return _relative(results[0], table.view(rows, columns)[args[0]])
+
+    return Case("embedding_4bit", f"{quant_type}/{blocksize} {_short(dtype)}", make, error, _ROUNDING[dtype])
+
+
+def _embedding_8bit(shape: tuple[int, int]) -> Case:
+    rows, columns = shape
+    dtype = torch.bfloat16
+
+    def make(generator: Generator) -> tuple:
+        table = _random_bytes(generator, rows, columns).view(torch.int8)
+        return torch.randint(rows, (4 * rows,), generator=generator), table, _scales(generator, rows), dtype
+
+    def error(args: tuple, results: Sequence[Tensor]) -> float:
+        return _relative(results[0], (args[1].double() * args[2].double().unsqueeze(1) / 127.0)[args[0]])
+
+    return Case("embedding_8bit", _short(dtype), make, error, _ROUNDING[dtype])
 
 
 # --- 8-bit block-wise ------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import ArgumentError
-from .._formats.packing import as_bytes
 from .._formats.state import QuantState
 from .._formats.table import FLOAT_DTYPES
+from .._ops import embedding_4bit, embedding_8bit
 from .._quant.blockwise import expand_absmax
 from ._checkpoint import load_4bit, load_int8, maybe_rearrange_weight, save_int8_statistics, save_state
 from ._layers import check_format_and_storage, move_with_statistics
@@ -53,10 +53,8 @@ class Embedding8bit(nn.Embedding):
         assert absmax.shape == (self.num_embeddings,), (
             f"SCB must have shape [{self.num_embeddings}], got {list(absmax.shape)}"
         )
-        rows = nn.functional.embedding(input, weight)
-        # Multiplied, not divided: devices divide by a constant in different ways.
-        scale = nn.functional.embedding(input, absmax.view(-1, 1)) * (1.0 / 127.0)
-        return (rows * scale).to(self.dtype)
+        dtype = self.dtype if self.dtype in FLOAT_DTYPES else torch.float32
+        return embedding_8bit(input, weight, absmax, dtype).to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Embedding8bit:
         move_with_statistics(self, super()._apply, fn, recurse)
@@ -81,8 +79,8 @@ class Embedding8bit(nn.Embedding):
 class Embedding4bit(nn.Embedding):
     """``nn.Embedding`` with a 4-bit table, quantized when the module first moves to a device (the CPU counts).
 
-    ``dtype`` is that of the rows it returns. Look-ups are fast when ``embedding_dim`` is a multiple of the block size;
-    otherwise each decodes the whole table. ``state_dict`` holds the packed table and its statistics.
+    ``dtype`` is that of the rows it returns. A row need not begin with a block. ``state_dict`` holds the packed table
+    and its statistics.
 
     Raises:
         ValueError: an unknown ``quant_type`` or ``quant_storage``.
@@ -131,24 +129,8 @@ class Embedding4bit(nn.Embedding):
                 "Embedding layer is not quantized. Move it to a device first, for example .to('cpu')."
             )
         dtype = self.dtype if self.dtype in FLOAT_DTYPES else state.dtype
-        per_row, remainder = divmod(self.embedding_dim, state.blocksize)
-        decode = torch.ops.bitsandbytes.dequantize_4bit
-        absmax = expand_absmax(state)
-        if remainder:
-            table = decode(weight, absmax, state.blocksize, state.quant_type, state.shape, dtype)
-            return nn.functional.embedding(input, table).to(self.dtype)
-
-        codes = nn.functional.embedding(
-            input, as_bytes(weight).view(self.num_embeddings, self.embedding_dim // 2)
-        )
-        scales = nn.functional.embedding(input, absmax.view(self.num_embeddings, per_row))
-        if torch.compiler.is_compiling():
-            return _decode_rows(codes, scales, state).to(dtype).to(self.dtype)
-        shape = (*input.shape, self.embedding_dim)
-        rows = decode(
-            codes.reshape(-1, 1), scales.reshape(-1), state.blocksize, state.quant_type, shape, dtype
-        )
-        return rows.to(self.dtype)
+        table = (state.blocksize, state.quant_type, self.num_embeddings, self.embedding_dim)
+        return embedding_4bit(input, weight, expand_absmax(state), *table, dtype).to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Embedding4bit:
         move_with_statistics(self, super()._apply, fn, recurse)
@@ -172,13 +154,6 @@ class Embedding4bit(nn.Embedding):
             f"blocksize={getattr(weight, 'blocksize', None)}, nested={state is not None and state.nested}, "
             f"dtype={self.dtype}, quant_storage={self.quant_storage}, quantized={state is not None}"
         )
-
-
-def _decode_rows(codes: Tensor, scales: Tensor, state: QuantState) -> Tensor:
-    """The operator in plain torch, in float32. Its ``int[] shape`` would compile a graph for each number of rows."""
-    nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1).flatten(-2)
-    values = nn.functional.embedding(nibbles.int(), state.code.view(-1, 1)).squeeze(-1)
-    return (values.unflatten(-1, (-1, state.blocksize)) * scales.unsqueeze(-1)).flatten(-2)
 
 
 class EmbeddingFP4(Embedding4bit):

@@ -50,6 +50,19 @@ void check_optimizer(bnb_dtype g_dtype, bnb_dtype p_dtype, int64_t n, bnb_rule r
     require(known, "unknown optimizer rule ", int(rule));
 }
 
+void check_embedding(const int64_t* indices, int64_t count, int64_t rows, int64_t columns, bool pointers) {
+    require(
+        count >= 0 && rows >= 0 && columns >= 0, "count, rows, columns must not be negative, got ", count, ", ", rows,
+        ", ", columns);
+    require(count == 0 || indices, "null pointer for ", count, " indices");
+    require(count * columns == 0 || pointers, "null pointer for the table or out");
+    for (int64_t i = 0; i < count; ++i) {
+        require(
+            indices[i] >= 0 && indices[i] < rows, "index ", indices[i], " is out of range for a table of ", rows,
+            " rows");
+    }
+}
+
 }  // namespace
 
 }  // namespace bnb
@@ -80,6 +93,32 @@ bnb_status bnb_cpu_dequantize_4bit(
             using T = typename decltype(tag)::type;
             kernels().of(tag).dequantize_4bit(
                 packed, absmax, format_of(format), static_cast<T*>(values), n, blocksize, threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_embedding_4bit(
+    const int64_t* indices, const uint8_t* packed, const float* absmax, bnb_format format, void* out, bnb_dtype dtype,
+    int64_t count, int64_t rows, int64_t columns, int64_t blocksize, int32_t threads) {
+    return guarded("bnb_cpu_embedding_4bit", [&] {
+        check_embedding(indices, count, rows, columns, packed && absmax && out);
+        check_4bit_blocks(rows * columns, blocksize, packed && absmax);
+        visit_or_refuse(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).embedding_4bit(
+                indices, packed, absmax, format_of(format), static_cast<T*>(out), count, columns, blocksize, threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_embedding_8bit(
+    const int64_t* indices, const int8_t* table, const float* absmax, void* out, bnb_dtype dtype, int64_t count,
+    int64_t rows, int64_t columns, int32_t threads) {
+    return guarded("bnb_cpu_embedding_8bit", [&] {
+        check_embedding(indices, count, rows, columns, table && absmax && out);
+        visit_or_refuse(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).embedding_8bit(indices, table, absmax, static_cast<T*>(out), count, columns, threads);
         });
     });
 }

@@ -27,6 +27,13 @@ void check_dequantize_4bit(bnb_format format, bnb_dtype dtype, int64_t blocksize
     require(find_format(format) != nullptr, "unknown 4-bit format ", int(format));
 }
 
+void check_embedding(int64_t count, int64_t rows, int64_t columns, bool pointers) {
+    require(
+        count >= 0 && rows >= 0 && columns >= 0, "count, rows, columns must not be negative, got ", count, ", ", rows,
+        ", ", columns);
+    require(count * columns == 0 || pointers, "null pointer for the indices, the table or out");
+}
+
 int fused_tuning(const GemmProblem& problem, bool aligned) {
     const Device device = current_device();
     const int tuning = aligned ? plan_gemm_4bit(problem, {device.capability, device.multiprocessors}) : BNB_GEMM_SIMT;
@@ -105,6 +112,27 @@ bnb_status bnb_cuda_dequantize_4bit_nested(
         dequantize_4bit(
             packed, {absmax, absmax_8bit, absmax_code, absmax_offset}, format, values, dtype, n, blocksize,
             as_stream(stream));
+    });
+}
+
+bnb_status bnb_cuda_embedding_4bit(
+    const int64_t* indices, const uint8_t* packed, const float* absmax, bnb_format format, void* out, bnb_dtype dtype,
+    int64_t count, int64_t rows, int64_t columns, int64_t blocksize, bnb_stream stream) {
+    return guarded("bnb_cuda_embedding_4bit", [&] {
+        check_blocks(rows * columns, blocksize, packed && absmax);
+        check_embedding(count, rows, columns, indices && out);
+        check_dequantize_4bit(format, dtype, blocksize);
+        embedding_4bit(indices, packed, absmax, format, out, dtype, count, rows, columns, blocksize, as_stream(stream));
+    });
+}
+
+bnb_status bnb_cuda_embedding_8bit(
+    const int64_t* indices, const int8_t* table, const float* absmax, void* out, bnb_dtype dtype, int64_t count,
+    int64_t rows, int64_t columns, bnb_stream stream) {
+    return guarded("bnb_cuda_embedding_8bit", [&] {
+        check_embedding(count, rows, columns, indices && table && absmax && out);
+        check_dtype(dtype);
+        embedding_8bit(indices, table, absmax, out, dtype, count, rows, columns, as_stream(stream));
     });
 }
 

@@ -86,6 +86,12 @@ struct TypedKernels {
     void (*int8_vectorwise_quant)(
         const T* A, int8_t* quantized, float* row_stats, uint8_t* outlier_cols, int64_t rows, int64_t cols,
         float threshold, int32_t threads);
+    void (*embedding_4bit)(
+        const int64_t* indices, const uint8_t* packed, const float* absmax, const FourBitFormat& format, T* out,
+        int64_t count, int64_t columns, int64_t blocksize, int32_t threads);
+    void (*embedding_8bit)(
+        const int64_t* indices, const int8_t* table, const float* absmax, T* out, int64_t count, int64_t columns,
+        int32_t threads);
     void (*optimizer_update_32bit)(const Update32bit<T>& problem, int32_t threads);
     void (*optimizer_update_8bit)(const Update8bit<T>& problem, int32_t threads);
     void (*optimizer_update_4bit)(const Update4bit<T>& problem, int32_t threads);

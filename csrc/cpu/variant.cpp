@@ -10,6 +10,7 @@
 #include "simd/vector.h"
 
 #include "blockwise.inl"
+#include "embedding.inl"
 #include "fourbit.inl"
 #include "gemm_4bit.inl"
 #include "int8.inl"
@@ -25,9 +26,10 @@ BNB_NAMESPACE_BEGIN
 template <class T>
 constexpr TypedKernels<T> typed_kernels() {
     return {
-        quantize_4bit<T>,          dequantize_4bit<T>,       gemm_4bit<T>,
-        quantize_blockwise<T>,     dequantize_blockwise<T>,  int8_vectorwise_quant<T>,
-        optimizer_update_32bit<T>, optimizer_update_8bit<T>, optimizer_update_4bit<T>,
+        quantize_4bit<T>,         dequantize_4bit<T>,       gemm_4bit<T>,
+        quantize_blockwise<T>,    dequantize_blockwise<T>,  int8_vectorwise_quant<T>,
+        embedding_4bit<T>,        embedding_8bit<T>,        optimizer_update_32bit<T>,
+        optimizer_update_8bit<T>, optimizer_update_4bit<T>,
     };
 }
 

@@ -26,6 +26,15 @@ void dequantize_4bit(
     const uint8_t* packed, const BlockScales& scales, bnb_format format, void* values, bnb_dtype dtype, int64_t n,
     int64_t blocksize, cudaStream_t stream);
 
+// Row i of out [count, columns] is row indices[i] of the table [rows, columns], NaN if there is none; blocksize as
+// above.
+void embedding_4bit(
+    const int64_t* indices, const uint8_t* packed, const float* absmax, bnb_format format, void* out, bnb_dtype dtype,
+    int64_t count, int64_t rows, int64_t columns, int64_t blocksize, cudaStream_t stream);
+void embedding_8bit(
+    const int64_t* indices, const int8_t* table, const float* absmax, void* out, bnb_dtype dtype, int64_t count,
+    int64_t rows, int64_t columns, cudaStream_t stream);
+
 template <class T>
 void dequantize_blockwise(
     const float* code, const uint8_t* codes, const float* absmax, T* values, int64_t n, int64_t blocksize,

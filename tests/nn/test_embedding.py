@@ -179,10 +179,22 @@ class TestQuantized:
             Embedding4bit(10, 64, quant_type="int4")
         with pytest.raises(ValueError, match="quant_storage"):
             Embedding4bit(10, 64, quant_storage=torch.int32)
-        if device == "cpu":  # elsewhere torch checks indices on the device, and the error is fatal there
-            for cls in QUANTIZED:
-                with pytest.raises(IndexError):
-                    cls(10, 64).to(device)(torch.tensor([10]))
+        for cls in QUANTIZED:
+            with pytest.raises(ValueError, match="indices must be int32 or int64"):
+                cls(10, 64).to(device)(torch.ones(1, device=device))
+
+    @pytest.mark.parametrize("index", [10, -1, 2**40])
+    @pytest.mark.parametrize("dim", [64, 33])
+    @pytest.mark.parametrize("cls", QUANTIZED)
+    def test_an_index_that_is_none(self, device, cls, dim, index):
+        """An error on the CPU; a GPU cannot say without waiting, and a row of NaN leaves nothing corrupted."""
+        layer, indices = cls(10, dim).to(device), torch.tensor([3, index], device=device)
+        if device == "cpu":
+            with pytest.raises(IndexError, match=f"index {index} is out of range for a table of 10 rows"):
+                layer(indices)
+        elif device == "cuda":
+            good, bad = layer(indices)
+            assert bad.isnan().all() and torch.equal(good, layer(indices[:1])[0])
 
     def test_recovers_the_state_of_a_replaced_parameter(self, device):
         layer = EmbeddingNF4(10, 64, quant_storage=torch.float16).to(device)

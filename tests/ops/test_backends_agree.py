@@ -28,6 +28,8 @@ from shapes import block_edges
 EXACT = (
     "quantize_4bit",
     "dequantize_4bit",
+    "embedding_4bit",
+    "embedding_8bit",
     "quantize_blockwise",
     "dequantize_blockwise",
     "int8_linear_matmul",

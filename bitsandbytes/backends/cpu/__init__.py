@@ -1,5 +1,5 @@
 """Native kernels for the CPU."""
 
-from . import int8, optimizers
+from . import embedding, int8, optimizers
 
-__all__ = ["int8", "optimizers"]
+__all__ = ["embedding", "int8", "optimizers"]

@@ -1,5 +1,5 @@
 """Native kernels for CUDA and ROCm devices."""
 
-from . import optimizers
+from . import embedding, optimizers
 
-__all__ = ["optimizers"]
+__all__ = ["embedding", "optimizers"]
