@@ -86,6 +86,31 @@ def dequantize_4bit(A: Tensor, absmax: Tensor, blocksize, quant_type, shape, dty
 
 
 @operator(
+    "dequantize_4bit_nested(Tensor A, Tensor absmax, Tensor absmax_8bit, Tensor absmax_code, Tensor absmax_offset, "
+    "int blocksize, str quant_type, int[] shape, ScalarType dtype) -> Tensor",
+    out=True,
+)
+def dequantize_4bit_nested(
+    A: Tensor, absmax, absmax_8bit, absmax_code, absmax_offset, blocksize, quant_type, shape, dtype
+):
+    """:func:`dequantize_4bit` with block b scaled by ``absmax_code[absmax_8bit[b]] * absmax[b // 256] + absmax_offset``."""
+    check_blocksize(blocksize)
+    check_format(quant_type)
+    check_float(dtype, "Blockwise 4bit dequantization")
+    check_same_device(
+        A, absmax=absmax, absmax_8bit=absmax_8bit, absmax_code=absmax_code, absmax_offset=absmax_offset
+    )
+    check_packed(A, prod(shape), "A")
+    check_dtype(absmax_8bit, torch.uint8, "absmax_8bit")
+    blocks = -(prod(shape) // -blocksize)
+    require(absmax_8bit.numel() >= blocks, f"absmax_8bit must have {blocks} codes, got {absmax_8bit.numel()}")
+    check_absmax(absmax, blocks, NESTED_BLOCKSIZE)
+    check_map(absmax_code, "absmax_code")
+    require(absmax_offset.numel() == 1, f"absmax_offset must be one number, got {absmax_offset.numel()}")
+    return Result(shape, dtype)
+
+
+@operator(
     "embedding_4bit(Tensor indices, Tensor A, Tensor absmax, int blocksize, str quant_type, int num_embeddings, "
     "int embedding_dim, ScalarType dtype) -> Tensor"
 )

@@ -19,6 +19,7 @@ OUT_OVERLOADS = (
     "gemv_4bit",
     "dequantize_blockwise",
     "int8_linear_matmul",
+    "dequantize_4bit_nested",
     "round_to_bfloat16",
 )
 
@@ -59,6 +60,17 @@ def _dequantize_4bit():
     yield packed.t(), absmax, 64, "fp4", [8, 16], torch.float32
     yield packed[:0], absmax[:0], 64, "fp4", [0, 16], torch.float16
     yield _strided(packed), _strided(absmax), 64, "fp4", [8, 16], torch.float32
+
+
+def _dequantize_4bit_nested():
+    for shape, blocksize, quant_type in (((600, 64), 64, "nf4"), ((7, 33), 32, "fp4"), ((0,), 64, "nf4")):
+        packed, absmax = oracles.quantize_4bit(torch.randn(shape), blocksize, quant_type)
+        offset = absmax.mean() if absmax.numel() else torch.tensor(0.0)
+        codes, absmax2 = oracles.quantize_blockwise(absmax - offset, oracles.dynamic_map(), 256)
+        nested = (absmax2, codes, oracles.dynamic_map().clone(), offset)
+        for dtype in oracles.FLOAT_DTYPES:
+            yield packed, *nested, blocksize, quant_type, list(shape), dtype
+    yield _strided(packed), *nested, blocksize, quant_type, list(shape), torch.float32
 
 
 def _embedding_4bit():
@@ -313,6 +325,7 @@ def _round_to_bfloat16():
 _MAKERS = {
     "quantize_4bit": _quantize_4bit,
     "dequantize_4bit": _dequantize_4bit,
+    "dequantize_4bit_nested": _dequantize_4bit_nested,
     "embedding_4bit": _embedding_4bit,
     "embedding_8bit": _embedding_8bit,
     "gemm_4bit": _gemm_4bit,

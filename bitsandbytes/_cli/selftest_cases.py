@@ -71,7 +71,7 @@ def cases(quick: bool) -> list[Case]:
         found += [_quantize_blockwise(dtype, numel), _dequantize_blockwise(dtype, numel)]
         found += _int8_quantize_cases(dtype, (N, K))
     found += _fourbit_cases("nf4", 4096, torch.bfloat16, numel, (N, K))[:2]
-    found += [_embedding_4bit((N, K)), _embedding_8bit((N, K))]
+    found += [_dequantize_4bit_nested(numel), _embedding_4bit((N, K)), _embedding_8bit((N, K))]
     return found + _int8_product_cases((64, N, K)) + optimizer_cases(numel)
 
 
@@ -110,6 +110,16 @@ def _block_absmax(values: Tensor, blocksize: int) -> Tensor:
 def _decode_4bit(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, numel: int) -> Tensor:
     codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), dim=1).view(-1)[:numel].long()
     return table_of(quant_type)[codes] * _per_value(absmax, blocksize, numel)
+
+
+def _expanded(absmax: Tensor, codes: Tensor, code: Tensor, offset: Tensor) -> Tensor:
+    return code.double()[codes.long()] * _per_value(absmax, NESTED_BLOCKSIZE, codes.numel()) + offset
+
+
+def _nested_scales(generator: Generator, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(absmax, codes, code, offset)`` of ``blocks`` scales."""
+    second = _scales(generator, -(blocks // -NESTED_BLOCKSIZE))
+    return second, _random_bytes(generator, blocks), _SIGNED(), torch.tensor(1.5)
 
 
 def _random(generator: Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -152,12 +162,7 @@ def _fourbit_cases(
         return _random_bytes(generator, N * K // 2, 1), _scales(generator, N * K // blocksize)
 
     def product_error(args: tuple, results: Sequence[Tensor]) -> float:
-        absmax = args[3]
-        if len(args) > 7:
-            codes, code, offset = args[7:]
-            absmax = (
-                code.double()[codes.long()] * _per_value(absmax, NESTED_BLOCKSIZE, codes.numel()) + offset
-            )
+        absmax = _expanded(args[3], *args[7:]) if len(args) > 7 else args[3]
         exact = args[0].double() @ _decode_4bit(args[1], absmax, blocksize, quant_type, N * K).view(N, K).t()
         if len(args) > 6 and args[6] is not None:
             exact += args[6].double()
@@ -169,10 +174,8 @@ def _fourbit_cases(
             A, bias = _random(generator, rows, K, dtype=dtype), _random(generator, N, dtype=dtype)
             if not nested:
                 return A, packed, [N, K], absmax, blocksize, quant_type
-            codes = _random_bytes(generator, absmax.numel())
-            second = _scales(generator, -(absmax.numel() // -NESTED_BLOCKSIZE))
-            offset = torch.tensor(1.5)
-            return A, packed, [N, K], second, blocksize, quant_type, bias, codes, _SIGNED(), offset
+            second, *first = _nested_scales(generator, absmax.numel())
+            return A, packed, [N, K], second, blocksize, quant_type, bias, *first
 
         return make
 
@@ -201,6 +204,26 @@ def _fourbit_cases(
         Case("gemm_4bit", f"{label} M=64 nested", gemm_arguments(64, nested=True), product_error, limit),
         Case("gemv_4bit", label, gemv_arguments, gemv_error, limit),
     ]  # fmt: skip
+
+
+def _dequantize_4bit_nested(numel: int) -> Case:
+    blocksize, quant_type, dtype = (
+        64,
+        "nf4",
+        torch.float32,
+    )  # rounding to less would hide the scales' own error
+
+    def make(generator: Generator) -> tuple:
+        packed = _random_bytes(generator, (numel + 1) // 2, 1)
+        nested = _nested_scales(generator, -(numel // -blocksize))
+        return packed, *nested, blocksize, quant_type, [numel], dtype
+
+    def error(args: tuple, results: Sequence[Tensor]) -> float:
+        return _norm_error(
+            results[0], _decode_4bit(args[0], _expanded(*args[1:5]), blocksize, quant_type, numel)
+        )
+
+    return Case("dequantize_4bit_nested", f"{quant_type}/{blocksize} fp32", make, error, 1e-6)
 
 
 # --- look-ups --------------------------------------------------------------------------------------------------

@@ -123,11 +123,25 @@ def dequantize_4bit(
     check_format(quant_state.quant_type)
     check_float(quant_state.dtype, "Blockwise 4bit dequantization")
 
-    arguments = (A, expand_absmax(quant_state), quant_state.blocksize, quant_state.quant_type)
-    if out is None:
-        out = torch.ops.bitsandbytes.dequantize_4bit(*arguments, quant_state.shape, quant_state.dtype)
+    state2 = quant_state.state2
+    if quant_state.nested and state2.blocksize == NESTED_BLOCKSIZE and state2.dtype == torch.float32:
+        decode = torch.ops.bitsandbytes.dequantize_4bit_nested
+        statistics: tuple[Tensor, ...] = (state2.absmax, quant_state.absmax, state2.code, quant_state.offset)
     else:
-        torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, quant_state.shape, quant_state.dtype, out)
+        decode = torch.ops.bitsandbytes.dequantize_4bit
+        statistics = (expand_absmax(quant_state),)
+    arguments = (
+        A,
+        *statistics,
+        quant_state.blocksize,
+        quant_state.quant_type,
+        quant_state.shape,
+        quant_state.dtype,
+    )
+    if out is None:
+        out = decode(*arguments)
+    else:
+        decode.out(*arguments, out)
 
     transposed = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1
     return out.t() if transposed and out.dim() == 2 else out

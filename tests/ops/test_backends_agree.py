@@ -28,6 +28,7 @@ from shapes import block_edges
 EXACT = (
     "quantize_4bit",
     "dequantize_4bit",
+    "dequantize_4bit_nested",
     "embedding_4bit",
     "embedding_8bit",
     "quantize_blockwise",

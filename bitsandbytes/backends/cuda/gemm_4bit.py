@@ -7,14 +7,13 @@ is kept between calls, results repeat bit for bit, and both paths may be capture
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..._native import ABI, DTYPE_ID, FORMAT_ID, device_of, has_native, lib, ptr, stream_of
-from ..._ops import gemm_4bit, gemv_4bit
+from ..._ops import dequantize_4bit, dequantize_4bit_nested, gemm_4bit, gemv_4bit
 from ..default.ops import linear_into
 
 __all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn"]
@@ -65,38 +64,6 @@ def _dense(A: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     linear_into(A.reshape(-1, weight.shape[1]), weight, bias, out.view(-1, weight.shape[0]))
 
 
-def _decode(
-    B: Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    absmax_8bit: Tensor | None,
-    absmax_code: Tensor | None,
-    absmax_offset: Tensor | None,
-) -> Tensor:
-    """The weight in one pass, nested statistics included."""
-    if absmax_8bit is None or absmax_code is None or absmax_offset is None:
-        return torch.ops.bitsandbytes.dequantize_4bit(B, absmax, blocksize, quant_type, shape, dtype)
-    weight = torch.empty(shape, dtype=dtype, device=B.device)
-    with device_of(B):
-        lib.bnb_cuda_dequantize_4bit_nested(
-            ptr(B.contiguous()),
-            ptr(absmax),
-            ptr(absmax_8bit),
-            ptr(absmax_code),
-            ptr(absmax_offset),
-            FORMAT_ID[quant_type],
-            ptr(weight),
-            DTYPE_ID[dtype],
-            weight.numel(),
-            blocksize,
-            stream_of(B),
-        )
-    return weight
-
-
 def _gemm_4bit(
     A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset, out
 ):
@@ -114,9 +81,11 @@ def _gemm_4bit(
     if tuning is None or B.data_ptr() % _ALIGNMENT:
         if K % blocksize and M <= _gemm_4bit_custom_max_m:
             _warn_of_blocks_across_rows(K, blocksize)
-        weight = _decode(
-            B, shapeB, A.dtype, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset
-        )
+        if absmax_8bit is None:
+            weight = dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype)
+        else:
+            nested = (absmax, absmax_8bit, absmax_code, absmax_offset)
+            weight = dequantize_4bit_nested(B, *nested, blocksize, quant_type, shapeB, A.dtype)
         _dense(A, weight, bias, out)
         return
     A = _aligned(A)

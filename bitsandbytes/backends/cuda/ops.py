@@ -10,7 +10,14 @@ from collections.abc import Callable
 
 from ..._formats.table import BLOCKSIZES
 from ..._native import DTYPE_ID, FORMAT_ID, device_of, has_native, lib, ptr, stream_of
-from ..._ops import Operator, dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
+from ..._ops import (
+    Operator,
+    dequantize_4bit,
+    dequantize_4bit_nested,
+    dequantize_blockwise,
+    quantize_4bit,
+    quantize_blockwise,
+)
 from .gemm_4bit import _gemm_4bit_custom_max_m, _gemm_4bit_use_custom_fn
 
 __all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn"]
@@ -58,6 +65,26 @@ def _(A, absmax, blocksize, quant_type, shape, dtype, out):
         lib.bnb_cuda_dequantize_4bit(
             ptr(A),
             ptr(absmax),
+            FORMAT_ID[quant_type],
+            ptr(out),
+            DTYPE_ID[dtype],
+            out.numel(),
+            blocksize,
+            stream_of(out),
+        )
+
+
+@_native_kernel(dequantize_4bit_nested, "bnb_cuda_dequantize_4bit_nested")
+def _(A, absmax, absmax_8bit, absmax_code, absmax_offset, blocksize, quant_type, shape, dtype, out):
+    A, absmax, absmax_8bit = A.contiguous(), absmax.contiguous(), absmax_8bit.contiguous()
+    absmax_code, absmax_offset = absmax_code.contiguous(), absmax_offset.float()
+    with device_of(out):
+        lib.bnb_cuda_dequantize_4bit_nested(
+            ptr(A),
+            ptr(absmax),
+            ptr(absmax_8bit),
+            ptr(absmax_code),
+            ptr(absmax_offset),
             FORMAT_ID[quant_type],
             ptr(out),
             DTYPE_ID[dtype],

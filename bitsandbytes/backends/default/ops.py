@@ -17,6 +17,7 @@ from ..._formats.packing import as_bytes, pack_nibbles
 from ..._formats.table import NESTED_BLOCKSIZE
 from ..._ops import (
     dequantize_4bit,
+    dequantize_4bit_nested,
     dequantize_blockwise,
     gemm_4bit,
     gemv_4bit,
@@ -31,7 +32,7 @@ from ..._ops import (
     quantize_blockwise,
 )
 
-__all__ = ["linear_into"]
+__all__ = ["expanded", "linear_into"]
 
 _TINY = 1e-38  # keeps the reciprocal of an all-zero block's absmax finite
 _EXACT_IN_FLOAT32 = 1024  # int8 products that float32 sums exactly: 1024 * 128 * 128 = 2**24
@@ -98,6 +99,20 @@ def _(A, absmax, blocksize, quant_type, shape, dtype, out):
     _rescale_by_block(_decode_4bit(A, code, out.numel()), absmax, blocksize, out)
 
 
+def expanded(absmax: Tensor, absmax_8bit: Tensor, absmax_code: Tensor, absmax_offset: Tensor) -> Tensor:
+    """The float32 scales that nested statistics stand for."""
+    scales = torch.ops.bitsandbytes.dequantize_blockwise(
+        absmax_8bit, absmax, absmax_code, NESTED_BLOCKSIZE, torch.float32
+    )
+    return scales + absmax_offset.float()
+
+
+@dequantize_4bit_nested.kernel("default")
+def _(A, absmax, absmax_8bit, absmax_code, absmax_offset, blocksize, quant_type, shape, dtype, out):
+    scales = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
+    torch.ops.bitsandbytes.dequantize_4bit.out(A, scales, blocksize, quant_type, shape, dtype, out)
+
+
 @quantize_blockwise.kernel("default")
 def _(A, code, blocksize, codes, absmax):
     scaled = _scale_by_block(A.reshape(-1).float(), absmax, blocksize)
@@ -136,10 +151,7 @@ def _(
     out,
 ):
     if absmax_8bit is not None:
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-            absmax_8bit, absmax, absmax_code, NESTED_BLOCKSIZE, torch.float32
-        )
-        absmax = absmax + absmax_offset.float()
+        absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
     weight = torch.ops.bitsandbytes.dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype)
     linear_into(_rows(A), weight, bias, _rows(out))
 
