@@ -207,11 +207,7 @@ def _fourbit_cases(
 
 
 def _dequantize_4bit_nested(numel: int) -> Case:
-    blocksize, quant_type, dtype = (
-        64,
-        "nf4",
-        torch.float32,
-    )  # rounding to less would hide the scales' own error
+    blocksize, quant_type, dtype = 64, "nf4", torch.float32
 
     def make(generator: Generator) -> tuple:
         packed = _random_bytes(generator, (numel + 1) // 2, 1)
