@@ -217,9 +217,7 @@ def gemm_4bit(
             raise ArgumentError(f"{missing} required when absmax_8bit is provided")
         check_map(absmax_code, "absmax_code")
         if absmax_offset.numel() != 1:
-            raise ArgumentError(
-                f"absmax_offset must be 0-dim (one value), got {absmax_offset.numel()} values"
-            )
+            raise ArgumentError(f"absmax_offset must be 0-dim (one value), got {absmax_offset.numel()}")
         check_absmax(absmax, blocks, NESTED_BLOCKSIZE)
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != N:
@@ -410,6 +408,34 @@ def int8_mixed_scaled_mm(
 ):
     """``(product, A's outlier columns)``: outlier columns in A's dtype, everything else in int8."""
     _check_int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols, bias)
+
+
+def _fake_int8_linear(A, CB, SCB, bias=None, threshold=0.0):
+    _check_int8_linear(A, CB, SCB, bias, threshold)
+    outliers = A.new_empty((_new_size(),), dtype=torch.int64) if threshold else None
+    return A.new_empty((*A.shape[:-1], CB.shape[0])), outliers
+
+
+def _check_int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, bias=None, threshold=0.0) -> None:
+    _check_int8_vectorwise_quant(A, threshold)
+    check_dtype(CB, torch.int8, "CB")
+    check_dtype(SCB, torch.float32, "SCB")
+    check_same_device(A, CB=CB, SCB=SCB, bias=bias)
+    shape = CB.shape
+    if len(shape) != 2 or A.shape[-1] != shape[1]:
+        raise ArgumentError(f"CB must be [N, {A.shape[-1]}], as A's last dimension, got {tuple(shape)}")
+    for name, values in (("SCB", SCB), ("bias", bias)):
+        if values is not None and values.numel() != shape[0]:
+            raise ArgumentError(f"{name} must have {shape[0]} values, one a row of CB, got {values.numel()}")
+
+
+@operator(
+    "int8_linear(Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0.0) -> (Tensor, Tensor?)",
+    fake=_fake_int8_linear,
+)
+def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, bias=None, threshold=0.0):
+    """``(product in A's dtype, outlier columns or None)``: A quantized on the way, otherwise as the two products above."""
+    _check_int8_linear(A, CB, SCB, bias, threshold)
 
 
 # --- optimizers ------------------------------------------------------------------------------------------------

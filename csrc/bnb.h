@@ -206,6 +206,52 @@ BNB_API bnb_status bnb_cpu_int8_vectorwise_quant(
     int8_t* quantized, float* row_stats, uint8_t* outlier_cols,
     int64_t rows, int64_t cols, float threshold, int32_t threads);
 
+/* The same, and each column rounded to 127 / (its largest magnitude) as well; outliers are zero in by_column and do not
+ * count in col_stats [cols]. */
+BNB_API bnb_status bnb_cpu_int8_double_quant(
+    const void* A, bnb_dtype dtype,
+    int8_t* by_row, int8_t* by_column, float* row_stats, float* col_stats, uint8_t* outlier_cols,
+    int64_t rows, int64_t cols, float threshold, int32_t threads);
+
+/* values [rows, cols] = codes * row_stats [rows] / 127. */
+BNB_API bnb_status bnb_cpu_int8_vectorwise_dequant(
+    const int8_t* codes, const float* row_stats,
+    float* values,
+    int64_t rows, int64_t cols, int32_t threads);
+
+/* out [M, N] = A [M, K] times the transpose of B [N, K], exact; sums wrap at 2^31. */
+BNB_API bnb_status bnb_cpu_int8_linear_matmul(
+    const int8_t* A, const int8_t* B,
+    int32_t* out,
+    int64_t M, int64_t N, int64_t K, int32_t threads);
+
+/* out [M, N] = that product * row_stats [M] * col_stats [N] / 127^2 + bias [N], in float32, rounded once. bias may be
+ * null. */
+BNB_API bnb_status bnb_cpu_int8_scaled_mm(
+    const int8_t* A, const int8_t* B, const float* row_stats, const float* col_stats,
+    const void* bias, bnb_dtype bias_dtype,
+    void* out, bnb_dtype dtype,
+    int64_t M, int64_t N, int64_t K, int32_t threads);
+
+/* The second half of that: A [M, N] is the product. */
+BNB_API bnb_status bnb_cpu_int8_mm_dequant(
+    const int32_t* A, const float* row_stats, const float* col_stats,
+    const void* bias, bnb_dtype bias_dtype,
+    void* out, bnb_dtype dtype,
+    int64_t M, int64_t N, int32_t threads);
+
+/* bnb_cpu_int8_vectorwise_quant of A [M, K] followed by bnb_cpu_int8_scaled_mm, in A's dtype; what the outlier columns
+ * contribute is added in float32. bias may be null; outlier_cols [K] is as for bnb_cpu_int8_vectorwise_quant. */
+BNB_API bnb_status bnb_cpu_int8_linear(
+    const void* A, bnb_dtype dtype,
+    const int8_t* B, const float* col_stats,
+    const void* bias, bnb_dtype bias_dtype,
+    void* out, uint8_t* outlier_cols,
+    int64_t M, int64_t N, int64_t K, float threshold, int32_t threads);
+
+/* Instruction set of the int8 kernels: that of the others, or "avx512vnni". */
+BNB_API const char* bnb_cpu_int8_isa(void);
+
 /* ---- CPU: optimizers ---- */
 
 /* One step on p [n] with gradient g [n], of one dtype. state1 is [n], for ADEMAMIX [2, n]; state2 [n] is for ADAM and

@@ -232,6 +232,7 @@ def _int8_linear_matmul():
     yield _int8(2, 3, 37), _int8(5, 37)
     yield _int8(40, 9).t(), _int8(40, 24).t()
     yield _int8(1, 1030), _int8(3, 1030)
+    yield torch.full((8, 200), -128, dtype=torch.int8), torch.full((70, 200), -128, dtype=torch.int8)
 
 
 def _int8_mm_dequant():
@@ -265,6 +266,23 @@ def _int8_mixed_scaled_mm():
         yield A, CA, CB, SCA, SCB, columns
     yield A, CA, CB, SCA, SCB
     yield A, CA, CB, SCA, SCB, columns[:0]
+
+
+def _int8_linear():
+    for dtype in oracles.FLOAT_DTYPES:
+        CB, SCB, _ = oracles.int8_rows(torch.randn(24, 40))
+        yield _activations(dtype), CB, SCB, torch.randn(24).to(dtype), 6.0
+        yield _activations(dtype), CB, SCB, None, 6.0
+        yield _activations(dtype), CB, SCB, torch.randn(24)
+        for rows, N, K in ((1, 1, 1), (7, 67, 130), (13, 130, 67)):  # beside the tile, the task and the step
+            CB, SCB, _ = oracles.int8_rows(torch.randn(N, K))
+            yield torch.randn(rows, K).to(dtype), CB, SCB, None, 2.0
+            yield torch.randn(rows, K).to(dtype), CB, SCB
+    CB, SCB, _ = oracles.int8_rows(torch.randn(5, 37))
+    yield torch.randn(37, 9).t(), CB, SCB, torch.randn(5)
+    yield torch.randn(2, 3, 37), CB, SCB, None, 100.0
+    yield torch.randn(37), CB, SCB
+    yield torch.randn(0, 37), CB, SCB, None, 6.0
 
 
 _RULES_32BIT = ("momentum", "lars", "rmsprop", "adagrad", "adam", "lamb", "lion", "ademamix")
@@ -339,6 +357,7 @@ _MAKERS = {
     "int8_mm_dequant": _int8_mm_dequant,
     "int8_scaled_mm": _int8_scaled_mm,
     "int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
+    "int8_linear": _int8_linear,
     "round_to_bfloat16": _round_to_bfloat16,
     "optimizer_update_32bit": _optimizer_update_32bit,
     "optimizer_update_8bit_blockwise": _optimizer_update_8bit_blockwise,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _ops
 from .._checks import ArgumentError, check_dtype
 
 __all__ = [
@@ -34,7 +35,7 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
     Raises:
         ValueError: ``A`` is not floating point or ``threshold`` is negative.
     """
-    return torch.ops.bitsandbytes.int8_vectorwise_quant(A.detach(), threshold)
+    return _ops.int8_vectorwise_quant(A.detach(), threshold)
 
 
 def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
     Raises:
         ValueError: ``A`` is not int8 or ``stats`` does not have one value a row.
     """
-    return torch.ops.bitsandbytes.int8_vectorwise_dequant(A, stats)
+    return _ops.int8_vectorwise_dequant(A, stats)
 
 
 def int8_double_quant(
@@ -66,7 +67,7 @@ def int8_double_quant(
     for name, tensor in given.items():
         if tensor is not None:
             raise ArgumentError(f"{name} must be None: results are allocated by int8_double_quant")
-    return torch.ops.bitsandbytes.int8_double_quant(A.detach(), threshold)
+    return _ops.int8_double_quant(A.detach(), threshold)
 
 
 def int8_linear_matmul(
@@ -78,7 +79,7 @@ def int8_linear_matmul(
         ValueError: an argument is not int8, shapes do not match, or ``out`` is not int32 of the result's shape.
     """
     if out is None:
-        return torch.ops.bitsandbytes.int8_linear_matmul(A, B)
+        return _ops.int8_linear_matmul(A, B)
     check_dtype(out, torch.int32, "out")
     torch.ops.bitsandbytes.int8_linear_matmul.out(A, B, out)
     return out
@@ -92,5 +93,5 @@ def int8_mm_dequant(
     Raises:
         ValueError: ``A`` is not int32, or the statistics are not float32 with one value a row and a column.
     """
-    result = torch.ops.bitsandbytes.int8_mm_dequant(A, row_stats, col_stats, bias=bias)
+    result = _ops.int8_mm_dequant(A, row_stats, col_stats, None, bias)
     return result if out is None else out.copy_(result)

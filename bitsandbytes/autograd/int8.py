@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._checks import ArgumentError
+from .._ops import int8_linear, int8_mixed_scaled_mm, int8_scaled_mm
 from .._quant.int8 import int8_vectorwise_quant
 
 __all__ = ["GlobalOutlierPooler", "MatMul8bitFp", "MatMul8bitLt", "MatmulLtState", "logger", "matmul"]
@@ -125,7 +126,13 @@ def matmul(
         state.threshold = threshold
     if state.is_training and A.device.type in _DECODE_TO_TRAIN:
         return MatMul8bitFp.apply(A, B, None, bias, state)
-    return MatMul8bitLt.apply(A, B, None, bias, state)
+    if torch.is_grad_enabled() and _needs_grad(A, B, bias):
+        return MatMul8bitLt.apply(A, B, None, bias, state)
+    return _multiply(A, B, bias, state)
+
+
+def _needs_grad(*operands: Tensor | None) -> bool:
+    return any(operand is not None and operand.requires_grad for operand in operands)
 
 
 def _prepare_weight(B: Tensor, state: MatmulLtState) -> None:
@@ -166,6 +173,24 @@ def _check_activations(A: Tensor, state: MatmulLtState) -> None:
         raise ArgumentError(f"A's last dimension must be {K}, as the weight's, got shape {tuple(A.shape)}")
 
 
+def _note_cast(A: Tensor, state: MatmulLtState) -> None:
+    # The text is what programs filter on. Our operators read A as it is: nothing overflows at 65504.
+    if A.dtype != torch.float16 and not state.noted_cast and not torch.compiler.is_compiling():
+        state.noted_cast = True  # once for each layer, not for each call
+        logger.warning("MatMul8bitLt: inputs will be cast from %s to float16 during quantization", A.dtype)
+
+
+def _multiply(A: Tensor, B: Tensor, bias: Tensor | None, state: MatmulLtState) -> Tensor:
+    """The int8 product, where nothing is kept for a gradient of the weight."""
+    _prepare_weight(B, state)
+    _check_activations(A, state)
+    _note_cast(A, state)
+    product, columns = int8_linear(A, state.CB, state.SCB, bias, float(state.threshold))
+    if columns is not None:
+        state.idx = columns
+    return product
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
@@ -187,38 +212,30 @@ class MatMul8bitLt(torch.autograd.Function):
         state: MatmulLtState | None = None,
     ) -> Tensor:
         state = MatmulLtState() if state is None else state
-        _prepare_weight(B, state)
-        _check_activations(A, state)
-        if A.dtype != torch.float16 and not state.noted_cast and not torch.compiler.is_compiling():
-            # The text is what programs filter on. Our operator reads A as it is: nothing overflows at 65504.
-            state.noted_cast = True  # once for each layer, not for each call
-            logger.warning(
-                "MatMul8bitLt: inputs will be cast from %s to float16 during quantization", A.dtype
-            )
-
-        threshold = float(state.threshold)
-        rows = _rows(A)
-        by_row, row_stats, columns = int8_vectorwise_quant(rows, threshold)
-        outliers = None
-        if threshold > 0.0:
-            state.idx = columns
-            product, outliers = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
-                rows, by_row, state.CB, row_stats, state.SCB, columns, bias
-            )
-        else:
-            product = torch.ops.bitsandbytes.int8_scaled_mm(
-                by_row, state.CB, row_stats, state.SCB, bias, A.dtype
-            )
-
         ctx.state = state
         ctx.shape, ctx.dtype = A.shape, A.dtype
         ctx.dtype_B = B.dtype
         ctx.dtype_bias = None if bias is None else bias.dtype
-        if ctx.needs_input_grad[1]:
-            # Outlier columns are zero here and added in full in backward.
-            inliers = rows if columns is None else rows.index_fill(1, columns, 0)
-            by_column, col_stats, _ = int8_vectorwise_quant(inliers.t().contiguous())
-            ctx.save_for_backward(by_column, col_stats, outliers, columns)
+        if not ctx.needs_input_grad[1]:
+            return _multiply(A, B, bias, state)
+
+        _prepare_weight(B, state)
+        _check_activations(A, state)
+        _note_cast(A, state)
+        rows = _rows(A)
+        by_row, row_stats, columns = int8_vectorwise_quant(rows, float(state.threshold))
+        outliers = None
+        if columns is None:
+            inliers = rows
+            product = int8_scaled_mm(by_row, state.CB, row_stats, state.SCB, bias, A.dtype)
+        else:
+            state.idx = columns
+            inliers = rows.index_fill(1, columns, 0)  # zero here and added in full in backward
+            product, outliers = int8_mixed_scaled_mm(
+                rows, by_row, state.CB, row_stats, state.SCB, columns, bias
+            )
+        by_column, col_stats, _ = int8_vectorwise_quant(inliers.t().contiguous())
+        ctx.save_for_backward(by_column, col_stats, outliers, columns)
         return product.view(*A.shape[:-1], product.shape[-1])
 
     @staticmethod
@@ -238,9 +255,7 @@ class MatMul8bitLt(torch.autograd.Function):
         """``grad.T @ A`` in int8, both quantized by columns; A's outlier columns in its own dtype."""
         by_column, col_stats, outliers, columns = ctx.saved_tensors
         grad_by_column, grad_stats, _ = int8_vectorwise_quant(grad.t().contiguous())
-        grad_B = torch.ops.bitsandbytes.int8_scaled_mm(
-            grad_by_column, by_column, grad_stats, col_stats, None, ctx.dtype_B
-        )
+        grad_B = int8_scaled_mm(grad_by_column, by_column, grad_stats, col_stats, None, ctx.dtype_B)
         if columns is not None and outliers.numel() > 0:
             grad_B[:, columns] += (grad.to(outliers.dtype).t() @ outliers).to(ctx.dtype_B)
         return grad_B

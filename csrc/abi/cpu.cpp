@@ -165,26 +165,6 @@ bnb_status bnb_cpu_dequantize_blockwise(
     });
 }
 
-bnb_status bnb_cpu_int8_vectorwise_quant(
-    const void* A, bnb_dtype dtype, int8_t* quantized, float* row_stats, uint8_t* outlier_cols, int64_t rows,
-    int64_t cols, float threshold, int32_t threads) {
-    return guarded("bnb_cpu_int8_vectorwise_quant", [&] {
-        require(rows >= 0 && cols >= 0, "rows and cols must not be negative, got ", rows, ", ", cols);
-        require(threshold >= 0.0f, "threshold must not be negative, got ", threshold);
-        require(rows == 0 || row_stats, "null pointer for row_stats");
-        require(rows * cols == 0 || (A && quantized), "null pointer for A or quantized");
-        require(threshold == 0.0f || cols == 0 || outlier_cols, "outlier_cols is required with a threshold");
-        visit_or_refuse(dtype, [&](auto tag) {
-            using T = typename decltype(tag)::type;
-            // Magnitudes are compared as values of A's dtype, so the threshold is rounded to it.
-            const float rounded = to_float(from_float<T>(threshold));
-            kernels().of(tag).int8_vectorwise_quant(
-                static_cast<const T*>(A), quantized, row_stats, threshold > 0.0f ? outlier_cols : nullptr, rows, cols,
-                rounded, threads);
-        });
-    });
-}
-
 bnb_status bnb_cpu_optimizer_update_32bit(
     const void* g, bnb_dtype g_dtype, void* p, bnb_dtype p_dtype, float* state1, float* state2, float* unorm, int64_t n,
     bnb_rule rule, const bnb_optimizer_config* config, int32_t threads) {

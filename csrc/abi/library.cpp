@@ -4,6 +4,7 @@
 
 #include "../bnb.h"
 #include "../common/codebooks.h"
+#include "../cpu/int8_kernels.h"
 #include "../cpu/kernels.h"
 #include "guard.h"
 
@@ -65,6 +66,8 @@ const char* bnb_cpu_isa(void) {
     const bnb::Kernels* kernels = bnb::find_kernels();
     return kernels ? kernels->name : nullptr;
 }
+
+const char* bnb_cpu_int8_isa(void) { return bnb::int8_variant(); }
 
 const char* bnb_cpu_isa_available(void) { return bnb::available_variants(); }
 

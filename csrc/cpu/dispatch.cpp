@@ -5,16 +5,23 @@
 #include <string>
 
 #include "../common/error.h"
+#include "int8_kernels.h"
 #include "kernels.h"
 
 namespace bnb {
 
-#define BNB_DECLARE_VARIANT(set)          \
-    namespace set {                       \
-    extern const Kernels variant_kernels; \
+#define BNB_DECLARE_VARIANT(set)                   \
+    namespace set {                                \
+    extern const Kernels variant_kernels;          \
+    extern const Int8Kernels variant_int8_kernels; \
     }
 #ifdef BNB_HAVE_AVX512
 BNB_DECLARE_VARIANT(avx512)
+#endif
+#ifdef BNB_HAVE_AVX512VNNI
+namespace avx512vnni {
+extern const Int8Kernels variant_int8_kernels;
+}
 #endif
 #ifdef BNB_HAVE_AVX2
 BNB_DECLARE_VARIANT(avx2)
@@ -29,12 +36,13 @@ namespace {
 
 struct Candidate {
     const Kernels* kernels;
+    const Int8Kernels* int8_kernels;
     bool (*runs_here)();
 };
 
 const Candidate kCandidates[] = {
 #ifdef BNB_HAVE_AVX512
-    {&avx512::variant_kernels,
+    {&avx512::variant_kernels, &avx512::variant_int8_kernels,
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -42,17 +50,26 @@ const Candidate kCandidates[] = {
      }},
 #endif
 #ifdef BNB_HAVE_AVX2
-    {&avx2::variant_kernels,
+    {&avx2::variant_kernels, &avx2::variant_int8_kernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
 #ifdef BNB_HAVE_NEON
-    {&neon::variant_kernels, [] { return true; }},
+    {&neon::variant_kernels, &neon::variant_int8_kernels, [] { return true; }},
 #endif
-    {&scalar::variant_kernels, [] { return true; }},
+    {&scalar::variant_kernels, &scalar::variant_int8_kernels, [] { return true; }},
 };
+
+// The int8 kernels with VNNI; null where that is not built or not here.
+const Int8Kernels* vnni_kernels() {
+#ifdef BNB_HAVE_AVX512VNNI
+    if (__builtin_cpu_supports("avx512vnni")) return &avx512vnni::variant_int8_kernels;
+#endif
+    return nullptr;
+}
 
 struct Choice {
     const Kernels* kernels = nullptr;
+    const Int8Kernels* int8_kernels = nullptr;
     std::string available;
     std::string forced;
 
@@ -63,8 +80,12 @@ struct Choice {
             if (!candidate.runs_here()) continue;
             available += (available.empty() ? "" : ",") + std::string(candidate.kernels->name);
             const bool fits = forced.empty() || forced == candidate.kernels->name;
-            if (!kernels && fits) kernels = candidate.kernels;
+            if (kernels || !fits) continue;
+            kernels = candidate.kernels;
+            int8_kernels = candidate.int8_kernels;
         }
+        const bool wide = kernels && std::strncmp(kernels->name, "avx512", 6) == 0 && forced != "avx512";
+        if (wide && vnni_kernels()) int8_kernels = vnni_kernels();
     }
 };
 
@@ -75,15 +96,25 @@ const Choice& choice() {
 
 }  // namespace
 
-const Kernels& kernels() {
+namespace {
+
+const Choice& honoured() {
     const Choice& chosen = choice();
     if (!chosen.kernels) {
         throw Error(
             BNB_STATUS_UNSUPPORTED,
             text("BNB_CPU_ISA=", chosen.forced, " cannot run here; available: ", chosen.available));
     }
-    return *chosen.kernels;
+    return chosen;
 }
+
+}  // namespace
+
+const Kernels& kernels() { return *honoured().kernels; }
+
+const Int8Kernels& int8_kernels() { return *honoured().int8_kernels; }
+
+const char* int8_variant() noexcept { return choice().int8_kernels ? choice().int8_kernels->name : nullptr; }
 
 const Kernels* find_kernels() noexcept { return choice().kernels; }
 

@@ -83,9 +83,6 @@ struct TypedKernels {
     void (*dequantize_blockwise)(
         const float* code, const uint8_t* codes, const float* absmax, T* values, int64_t n, int64_t blocksize,
         int32_t threads);
-    void (*int8_vectorwise_quant)(
-        const T* A, int8_t* quantized, float* row_stats, uint8_t* outlier_cols, int64_t rows, int64_t cols,
-        float threshold, int32_t threads);
     void (*embedding_4bit)(
         const int64_t* indices, const uint8_t* packed, const float* absmax, const FourBitFormat& format, T* out,
         int64_t count, int64_t columns, int64_t blocksize, int32_t threads);

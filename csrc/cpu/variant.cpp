@@ -13,7 +13,6 @@
 #include "embedding.inl"
 #include "fourbit.inl"
 #include "gemm_4bit.inl"
-#include "int8.inl"
 #include "optimizer.inl"
 #include "optimizer_4bit.inl"
 #include "rounding.inl"
@@ -26,9 +25,8 @@ BNB_NAMESPACE_BEGIN
 template <class T>
 constexpr TypedKernels<T> typed_kernels() {
     return {
-        quantize_4bit<T>,         dequantize_4bit<T>,       gemm_4bit<T>,
-        quantize_blockwise<T>,    dequantize_blockwise<T>,  int8_vectorwise_quant<T>,
-        embedding_4bit<T>,        embedding_8bit<T>,        optimizer_update_32bit<T>,
+        quantize_4bit<T>,         dequantize_4bit<T>,       gemm_4bit<T>,      quantize_blockwise<T>,
+        dequantize_blockwise<T>,  embedding_4bit<T>,        embedding_8bit<T>, optimizer_update_32bit<T>,
         optimizer_update_8bit<T>, optimizer_update_4bit<T>,
     };
 }

@@ -22,6 +22,7 @@ from ..._ops import (
     gemm_4bit,
     gemv_4bit,
     int8_double_quant,
+    int8_linear,
     int8_linear_matmul,
     int8_mixed_scaled_mm,
     int8_mm_dequant,
@@ -204,7 +205,7 @@ def _(A, threshold):
 
 @int8_double_quant.kernel("default")
 def _(A, threshold):
-    by_row, row_stats, columns = torch.ops.bitsandbytes.int8_vectorwise_quant(A, threshold)
+    by_row, row_stats, columns = int8_vectorwise_quant(A, threshold)
     rows = _rows(A)
     mask, _ = _outliers(rows, threshold)
     values = rows.float()
@@ -255,16 +256,25 @@ def _(A, row_stats, col_stats, dtype, bias, out):
 
 @int8_scaled_mm.kernel("default")
 def _(A, B, row_stats, col_stats, bias, dtype, out):
-    product = torch.ops.bitsandbytes.int8_linear_matmul(A, B)
+    product = int8_linear_matmul(A, B)
     _dequantize_product(product, row_stats, col_stats, bias, out)
 
 
 @int8_mixed_scaled_mm.kernel("default")
 def _(A, CA, CB, SCA, SCB, outlier_cols, bias):
-    result = torch.ops.bitsandbytes.int8_scaled_mm(CA, CB, SCA, SCB, bias, A.dtype)
+    result = int8_scaled_mm(CA, CB, SCA, SCB, bias, A.dtype)
     if outlier_cols is None or outlier_cols.numel() == 0:
         return result, A.new_empty((*A.shape[:-1], 0))
     outliers = A[..., outlier_cols].contiguous()
     weight = (CB[:, outlier_cols] * (SCB.reshape(-1, 1) * _INT8_SCALE)).to(A.dtype)
     _rows(result).addmm_(_rows(outliers), weight.t())
     return result, outliers
+
+
+@int8_linear.kernel("default")
+def _(A, CB, SCB, bias, threshold):
+    quantized, row_stats, columns = int8_vectorwise_quant(A, threshold)
+    if columns is None:
+        return int8_scaled_mm(quantized, CB, row_stats, SCB, bias, A.dtype), None
+    product, _ = int8_mixed_scaled_mm(A, quantized, CB, row_stats, SCB, columns, bias)
+    return product, columns
