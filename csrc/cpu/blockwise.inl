@@ -1,9 +1,9 @@
 // 8-bit block-wise quantization with an arbitrary ascending map, and its inverse.
 //
-// Bound by the look-ups (two gathers per vector to encode, one to decode) rather than by memory. Blocks run over the
-// flattened tensor; the block size is any positive number.
+// One byte and sizeof(T) bytes move per value; the look-ups of map_codes.inl take about as long as memory. Blocks run
+// over the flattened tensor; the block size is any positive number.
 
-#include "map_encoder.inl"
+#include "map_codes.inl"
 
 BNB_NAMESPACE_BEGIN
 
@@ -24,21 +24,21 @@ template <class T, class Scale>
 BNB_INLINE void encode_8bit_block(
     const MapEncoder& encoder, const T* values, uint8_t* codes, int64_t n, const Scale& scale) {
     const F32 low = broadcast(-1.0f), high = broadcast(1.0f);
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) {
-        store_u8(codes + i, encoder.encode(clamp(scale(load(values + i)), low, high)));
-    }
-    if (i < n) {
-        uint8_t padded[kWidth];
-        store_u8(padded, encoder.encode(clamp(scale(load_partial(values + i, n - i)), low, high)));
-        memcpy(codes + i, padded, static_cast<size_t>(n - i));
+    const auto scaled = [&](F32 x) { return clamp(scale(x), low, high); };
+    const int64_t whole = n / kChunk * kChunk;
+    encoder.encode<true>([&](int64_t i) { return each_part(load_chunk(values + i), scaled); }, whole, codes);
+    if (whole < n) {
+        const Chunk last = each_part(load_partial_chunk(values + whole, n - whole), scaled);
+        uint8_t padded[kChunk];
+        encoder.encode<true>([&](int64_t) { return last; }, kChunk, padded);
+        memcpy(codes + whole, padded, static_cast<size_t>(n - whole));
     }
 }
 
 template <class T>
 void quantize_blockwise(
     const float* code, const T* values, uint8_t* codes, float* absmax, int64_t n, int64_t blocksize, int32_t threads) {
-    const MapEncoder encoder(code, n);
+    const MapEncoder encoder(Midpoints(code), n);
     const int64_t blocks = n / blocksize + (n % blocksize != 0);
     parallel_for(blocks, kBlockwiseGrain / blocksize + 1, threads, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; ++block) {
@@ -63,16 +63,20 @@ template <class T>
 void dequantize_blockwise(
     const float* code, const uint8_t* codes, const float* absmax, T* values, int64_t n, int64_t blocksize,
     int32_t threads) {
+    const MapDecoder decoder(code);
     parallel_for(n, kBlockwiseGrain, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end;) {
             const int64_t block = i / blocksize;
             const int64_t stop = end - block * blocksize < blocksize ? end : (block + 1) * blocksize;
             const F32 scale = broadcast(absmax[block]);
-            for (; i + kWidth <= stop; i += kWidth) store(values + i, gather(code, load_u8(codes + i)) * scale);
+            const auto scaled = [&](F32 x) { return x * scale; };
+            for (; i + kChunk <= stop; i += kChunk) {
+                store_chunk(values + i, each_part(decoder.decode(codes + i), scaled));
+            }
             if (i < stop) {
-                uint8_t padded[kWidth] = {};
+                uint8_t padded[kChunk] = {};
                 memcpy(padded, codes + i, static_cast<size_t>(stop - i));
-                store_partial(values + i, gather(code, load_u8(padded)) * scale, stop - i);
+                store_partial_chunk(values + i, each_part(decoder.decode(padded), scaled), stop - i);
                 i = stop;
             }
         }

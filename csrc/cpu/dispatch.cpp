@@ -18,6 +18,11 @@ namespace bnb {
 #ifdef BNB_HAVE_AVX512
 BNB_DECLARE_VARIANT(avx512)
 #endif
+#ifdef BNB_HAVE_AVX512BF16
+namespace avx512bf16 {
+extern const Kernels variant_kernels;
+}
+#endif
 #ifdef BNB_HAVE_AVX512VNNI
 namespace avx512vnni {
 extern const Int8Kernels variant_int8_kernels;
@@ -40,14 +45,23 @@ struct Candidate {
     bool (*runs_here)();
 };
 
-const Candidate kCandidates[] = {
 #ifdef BNB_HAVE_AVX512
-    {&avx512::variant_kernels, &avx512::variant_int8_kernels,
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
+
+const Candidate kCandidates[] = {
+#ifdef BNB_HAVE_AVX512BF16
+    {&avx512bf16::variant_kernels, &avx512::variant_int8_kernels,  // Zen 4 and Sapphire Rapids on
      [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("fma");
+         return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+                __builtin_cpu_supports("avx512vnni");
      }},
+#endif
+#ifdef BNB_HAVE_AVX512
+    {&avx512::variant_kernels, &avx512::variant_int8_kernels, has_avx512},
 #endif
 #ifdef BNB_HAVE_AVX2
     {&avx2::variant_kernels, &avx2::variant_int8_kernels,

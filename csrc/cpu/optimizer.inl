@@ -1,14 +1,12 @@
 // Optimizer updates: one pass over parameter, gradient and state, whatever the rule.
 //
-// 32-bit state is memory bound. 8-bit state is decoded, advanced and encoded in blocks of 256 values that
-// stay in the first-level cache; the look-ups of the codes bound it. A limit on the update's norm costs a
-// pass of its own over the same data, which recomputes the direction instead of storing it.
+// 32-bit state is memory bound. A limit on the update's norm costs a pass of its own over the same data, which
+// recomputes the direction instead of storing it. State of 8 and 4 bits has files of its own.
 
 #include "../common/optimizer_rules.h"
 
 BNB_NAMESPACE_BEGIN
 
-constexpr int64_t kOptimizerBlock = 256;       // values that share an absmax
 constexpr int64_t kOptimizerGrain = 1 << 14;   // elements per task
 constexpr float kSmallest = 1.401298464e-45f;  // the least float above zero
 constexpr float kLargest = 3.402823466e38f;    // the largest that is finite
@@ -153,109 +151,6 @@ void optimizer_update_32bit(const Update32bit<T>& problem, int32_t threads) {
         Updater32bit<decltype(rule), T> updater(problem);
         if (problem.unorm) updater.set_step_size(limited_step_size(updater, problem, threads));
         parallel_for(problem.n, kOptimizerGrain, threads, [&](int64_t begin, int64_t end) { updater.run(begin, end); });
-    });
-}
-
-// ---- 8-bit state ----
-
-// Encodes a block of values with one absmax. In state1 a negative value never takes the code of zero, nor a
-// positive one a negative code, so that a decayed average keeps its sign.
-class StateEncoder {
-  public:
-    StateEncoder(const float* map, int64_t amount, bool keep_sign) : encoder_(map, amount), keep_sign_(keep_sign) {
-        while (first_positive_ < 256 && float_bits(map[first_positive_]) >> 31) ++first_positive_;
-    }
-
-    void encode(const float* values, int64_t count, uint8_t* codes, float* absmax) const {
-        *absmax = largest_magnitude(values, count);
-        const F32 factor = broadcast(1.0f / floored_absmax(*absmax));
-        const I32 lowest = broadcast(int32_t(first_positive_));
-        const I32 highest = broadcast(int32_t(first_positive_ > 0 ? first_positive_ - 1 : 0));
-        for_each_vector(0, count, [&](auto vector, int64_t i) {
-            const F32 x = vector.get(values + i);
-            I32 code = encoder_.encode(x * factor);
-            if (keep_sign_) {
-                code = select(negative_mask(x), min(code, highest), code);
-                code = select(positive_mask(x), max(code, lowest), code);
-            }
-            vector.put_codes(codes + i, code);
-        });
-    }
-
-  private:
-    MapEncoder encoder_;
-    bool keep_sign_;
-    int first_positive_ = 0;
-};
-
-template <class Rule, class T>
-class Updater8bit {
-  public:
-    explicit Updater8bit(const Update8bit<T>& problem)
-        : problem_(problem),
-          h_(vector_scalars(*problem.config)),
-          first_(problem.qmap1, problem.n, true),
-          second_(problem.state2 ? problem.qmap2 : problem.qmap1, problem.n, false) {
-        const int64_t blocks = (problem.n + kOptimizerBlock - 1) / kOptimizerBlock;
-        for (int k = 0; k < Rule::kStates; ++k) {
-            const bool first = k < Rule::kFirst;
-            codes_[k] = first ? problem.state1 + k * problem.n : problem.state2;
-            absmax_[k] = first ? problem.absmax1 + k * blocks : problem.absmax2;
-            maps_[k] = first ? problem.qmap1 : problem.qmap2;
-        }
-    }
-
-    void run(int64_t block) const {
-        const StepScalars<F32> h = h_;
-        const int64_t begin = block * kOptimizerBlock;
-        const int64_t count = problem_.n - begin < kOptimizerBlock ? problem_.n - begin : kOptimizerBlock;
-        float values[Rule::kStates][kOptimizerBlock];
-        F32 scale[Rule::kStates];
-        for (int k = 0; k < Rule::kStates; ++k) scale[k] = broadcast(absmax_[k][block]);
-
-        for_each_vector(0, count, [&](auto vector, int64_t i) {
-            const F32 g = vector.get(problem_.g + begin + i), p = vector.get(problem_.p + begin + i);
-            F32 before[Rule::kStates], state[Rule::kStates];
-            for (int k = 0; k < Rule::kStates; ++k) {
-                state[k] = before[k] = gather(maps_[k], vector.get_codes(codes_[k] + begin + i)) * scale[k];
-            }
-            F32 moved = h.moved(p, Rule::direction(h.gradient(g, p), state, h), h.step_size);
-            if (h.skip_zeros) {
-                const I32 keep = zero_mask(g);
-                moved = select(keep, p, moved);
-                for (int k = 0; k < Rule::kStates; ++k) state[k] = select(keep, before[k], state[k]);
-            }
-            // An element whose state is not finite starts anew and stays put; its block must not notice.
-            I32 good = finite_mask(state[0]);
-            for (int k = 1; k < Rule::kStates; ++k) good = good & finite_mask(state[k]);
-            for (int k = 0; k < Rule::kStates; ++k) {
-                vector.put(values[k] + i, select(good, state[k], broadcast(0.0f)));
-            }
-            vector.put(problem_.p + begin + i, select(good, moved, p));
-        });
-        for (int k = 0; k < Rule::kStates; ++k) {
-            const StateEncoder& encoder = k < Rule::kFirst ? first_ : second_;
-            encoder.encode(values[k], count, codes_[k] + begin, absmax_[k] + block);
-        }
-    }
-
-  private:
-    Update8bit<T> problem_;
-    StepScalars<F32> h_;
-    StateEncoder first_, second_;
-    uint8_t* codes_[Rule::kStates];
-    float* absmax_[Rule::kStates];
-    const float* maps_[Rule::kStates];
-};
-
-template <class T>
-void optimizer_update_8bit(const Update8bit<T>& problem, int32_t threads) {
-    const int64_t blocks = (problem.n + kOptimizerBlock - 1) / kOptimizerBlock;
-    visit_rule(problem.rule, [&](auto rule) {
-        const Updater8bit<decltype(rule), T> updater(problem);
-        parallel_for(blocks, kOptimizerGrain / kOptimizerBlock, threads, [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) updater.run(block);
-        });
     });
 }
 

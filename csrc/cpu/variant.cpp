@@ -15,6 +15,7 @@
 #include "gemm_4bit.inl"
 #include "optimizer.inl"
 #include "optimizer_4bit.inl"
+#include "optimizer_8bit.inl"
 #include "rounding.inl"
 
 #define BNB_STRING_(name) #name

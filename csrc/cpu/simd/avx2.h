@@ -163,4 +163,13 @@ BNB_INLINE int32_t reduce_max(I32 x) {
     return _mm_cvtsi128_si32(_mm_max_epi32(best, _mm_shuffle_epi32(best, 0xb1)));
 }
 
+constexpr bool kPermutesTables = false;
+
+template <int n>
+BNB_INLINE F32 lookup_many(const float* table, I32 index) {
+    return gather(table, index);
+}
+
+BNB_INLINE bool any_above(I32 a, I32 b) { return _mm256_movemask_epi8(_mm256_cmpgt_epi32(a.v, b.v)) != 0; }
+
 BNB_NAMESPACE_END

@@ -142,4 +142,23 @@ BNB_INLINE void pack_4bit(uint8_t* packed, I32 codes) {
 BNB_INLINE float reduce_add(F32 x) { return _mm512_reduce_add_ps(x.v); }
 BNB_INLINE int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32(x.v); }
 
+// Tables by permutations of two registers: on many machines a gather costs a load for each lane.
+constexpr bool kPermutesTables = true;
+
+template <int n>
+BNB_INLINE F32 lookup_many(const float* table, I32 index) {
+    static_assert(n <= 256 && (n & (n - 1)) == 0);
+    if constexpr (n <= 16) {
+        return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
+    } else if constexpr (n == 32) {
+        return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + 16))};
+    } else {
+        const __mmask16 upper = _mm512_test_epi32_mask(index.v, _mm512_set1_epi32(n / 2));
+        const F32 low = lookup_many<n / 2>(table, index), high = lookup_many<n / 2>(table + n / 2, index);
+        return {_mm512_mask_blend_ps(upper, low.v, high.v)};
+    }
+}
+
+BNB_INLINE bool any_above(I32 a, I32 b) { return _mm512_cmpgt_epi32_mask(a.v, b.v) != 0; }
+
 BNB_NAMESPACE_END

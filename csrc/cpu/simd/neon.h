@@ -161,4 +161,13 @@ BNB_INLINE void pack_4bit(uint8_t* packed, I32 codes) {
 BNB_INLINE float reduce_add(F32 x) { return vaddvq_f32(x.v); }
 BNB_INLINE int32_t reduce_max(I32 x) { return vmaxvq_s32(x.v); }
 
+constexpr bool kPermutesTables = false;
+
+template <int n>
+BNB_INLINE F32 lookup_many(const float* table, I32 index) {
+    return gather(table, index);
+}
+
+BNB_INLINE bool any_above(I32 a, I32 b) { return vmaxvq_u32(vcgtq_s32(a.v, b.v)) != 0; }
+
 BNB_NAMESPACE_END

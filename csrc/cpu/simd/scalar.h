@@ -132,6 +132,19 @@ BNB_INLINE int32_t reduce_max(const I32& x) {
     return result;
 }
 
+constexpr bool kPermutesTables = false;
+
+template <int n>
+BNB_INLINE F32 lookup_many(const float* table, const I32& index) {
+    return gather(table, index);
+}
+
+BNB_INLINE bool any_above(const I32& a, const I32& b) {
+    bool any = false;
+    for (int i = 0; i < kWidth; ++i) any = any || a.lane[i] > b.lane[i];
+    return any;
+}
+
 #undef BNB_F32
 #undef BNB_I32
 

@@ -11,8 +11,10 @@
 //   descend(index, x, t): 2 * index + !(x <= t), one level of a binary search where NaN goes right
 //   Table8, Table16: 8 or 16 floats in registers; lookup(table, I32)
 //   gather(const float*, I32), gather_u8(const uint8_t*, I32): the latter may read 3 bytes past the entry
+//   lookup_many<n>(const float*, I32): n a power of two up to 256, may read 16 floats; whether that avoids a gather
+//   is kPermutesTables
 //   unpack_4bit(const uint8_t*): kWidth / 2 bytes -> kWidth codes, high nibble first; pack_4bit the inverse
-//   reduce_add(F32), reduce_max(I32)
+//   reduce_add(F32), reduce_max(I32), any_above(I32 a, I32 b): whether a > b in any lane
 //
 // A trick only one set knows goes into that set's file, behind a name that all of them have.
 #pragma once
@@ -20,7 +22,7 @@
 #include "../../common/dtype.h"
 #include "../../common/encode.h"
 
-#if defined(BNB_SIMD_AVX512)
+#if defined(BNB_SIMD_AVX512BF16) || defined(BNB_SIMD_AVX512)
 #include "avx512.h"
 #elif defined(BNB_SIMD_AVX2)
 #include "avx2.h"
