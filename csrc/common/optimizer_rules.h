@@ -5,7 +5,8 @@
 // kFirst) in state1, one after the other, and the last one, if there are more, in state2. The same arithmetic
 // in the same order stands in plain torch in backends/default/optimizers.py; tests/optim/test_native.py
 // compares the two. kCoupledDecay says that weight decay joins the gradient instead of shrinking the parameter,
-// kBiasCorrected that the bias correction is in step_size and eps.
+// kBiasCorrected that the bias correction is in step_size and eps,
+// kQuotient that the direction is a quotient, which may be approximate.
 #pragma once
 
 #include <math.h>
@@ -65,6 +66,7 @@ struct Adam {
     static constexpr int kFirst = 1;
     static constexpr bool kCoupledDecay = false;
     static constexpr bool kBiasCorrected = true;
+    static constexpr bool kQuotient = true;
 
     template <class Real>
     BNB_HOST_DEVICE static BNB_INLINE Real direction(Real g, Real* states, const StepScalars<Real>& h) {
@@ -83,6 +85,7 @@ struct AdEMAMix {
     static constexpr int kFirst = 2;
     static constexpr bool kCoupledDecay = false;
     static constexpr bool kBiasCorrected = false;
+    static constexpr bool kQuotient = true;
 
     template <class Real>
     BNB_HOST_DEVICE static BNB_INLINE Real direction(Real g, Real* states, const StepScalars<Real>& h) {
@@ -102,6 +105,7 @@ struct Momentum {
     static constexpr int kFirst = 1;
     static constexpr bool kCoupledDecay = true;
     static constexpr bool kBiasCorrected = false;
+    static constexpr bool kQuotient = false;
 
     template <class Real>
     BNB_HOST_DEVICE static BNB_INLINE Real direction(Real g, Real* states, const StepScalars<Real>& h) {
@@ -116,6 +120,7 @@ struct Lion {
     static constexpr int kFirst = 1;
     static constexpr bool kCoupledDecay = false;
     static constexpr bool kBiasCorrected = false;
+    static constexpr bool kQuotient = false;
 
     template <class Real>
     BNB_HOST_DEVICE static BNB_INLINE Real direction(Real g, Real* states, const StepScalars<Real>& h) {
@@ -132,6 +137,7 @@ struct RMSprop {
     static constexpr int kFirst = 1;
     static constexpr bool kCoupledDecay = true;
     static constexpr bool kBiasCorrected = false;
+    static constexpr bool kQuotient = true;
 
     template <class Real>
     BNB_HOST_DEVICE static BNB_INLINE Real direction(Real g, Real* states, const StepScalars<Real>& h) {
@@ -146,6 +152,7 @@ struct Adagrad {
     static constexpr int kFirst = 1;
     static constexpr bool kCoupledDecay = true;
     static constexpr bool kBiasCorrected = false;
+    static constexpr bool kQuotient = true;
 
     template <class Real>
     BNB_HOST_DEVICE static BNB_INLINE Real direction(Real g, Real* states, const StepScalars<Real>& h) {

@@ -4,7 +4,7 @@
 // is exact, as on the CPU. A warp takes a block of 256 elements at a time and loads all its streams before it uses any;
 // many resident warps keep memory busy.
 
-#include "optimizer_blocks.cuh"
+#include "loaded_block.cuh"
 
 namespace bnb {
 namespace {
@@ -20,33 +20,16 @@ constexpr int kCtas = Rule::kStates == 1   ? 4
 
 template <class Rule, class P, class G>
 __device__ __forceinline__ void update_block(
-    const Place<Rule, float>& place, const StepScalars<float>& h, uint32_t block, int lane) {
-    constexpr int kGroup = 4;
-    const int64_t count = place.rest(block);
-    const bool whole = block < place.whole;
-    const G* g_source = block_of(static_cast<const G*>(place.g), block);
-    P* p_target = block_of(static_cast<P*>(place.p), block);
-    Lane<G, kGroup> g;
-    Lane<P, kGroup> p;
-    Lane<float, kGroup> states[Rule::kStates];
-    if (whole) {
-        g.load(g_source, lane);
-        p.load(p_target, lane);
-#pragma unroll
-        for (int k = 0; k < Rule::kStates; ++k) states[k].load(block_of(place.states[k], block), lane);
-    } else {
-        g.load_some(g_source, lane, count);
-        p.load_some(p_target, lane, count);
-#pragma unroll
-        for (int k = 0; k < Rule::kStates; ++k) states[k].load_some(block_of(place.states[k], block), lane, count);
-    }
+    const Place<Rule, P, G, float>& place, const StepScalars<float>& h, uint32_t block) {
+    Loaded<Rule, P, G, float> loaded;
+    loaded.template load<true>(place, block);
     float moved[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-        const float g_raw = g.get(i), p_old = p.get(i);
+        const float g_raw = loaded.g.get(i), p_old = loaded.p.get(i);
         float state[Rule::kStates];
 #pragma unroll
-        for (int k = 0; k < Rule::kStates; ++k) state[k] = states[k].values[i];
+        for (int k = 0; k < Rule::kStates; ++k) state[k] = loaded.states[k].values[i];
         const float direction = Rule::direction(gradient_of<Rule>(h, g_raw, p_old), state, h);
         moved[i] = h.moved(p_old, direction, h.step_size);
         if (h.skip_zeros && g_raw == 0.0f) {
@@ -54,33 +37,34 @@ __device__ __forceinline__ void update_block(
             continue;
         }
 #pragma unroll
-        for (int k = 0; k < Rule::kStates; ++k) states[k].values[i] = state[k];
+        for (int k = 0; k < Rule::kStates; ++k) loaded.states[k].values[i] = state[k];
     }
 #pragma unroll
-    for (int i = 0; i < kPerLane; i += 2) p.set_pair(i, moved[i], moved[i + 1]);
-    if (whole) {
-        p.store(p_target, lane);
+    for (int i = 0; i < kPerLane; i += 2) loaded.p.set_pair(i, moved[i], moved[i + 1]);
+    P* p_target = block_of(place.p, block);
+    if (block < place.whole) {
+        loaded.p.store(p_target);
 #pragma unroll
-        for (int k = 0; k < Rule::kStates; ++k) states[k].store(block_of(place.states[k], block), lane);
+        for (int k = 0; k < Rule::kStates; ++k) loaded.states[k].store(block_of(place.states[k], block));
     } else {
-        p.store_some(p_target, lane, count);
+        const int64_t rest = place.rest_of(block);
+        loaded.p.store_some(p_target, rest);
 #pragma unroll
-        for (int k = 0; k < Rule::kStates; ++k) states[k].store_some(block_of(place.states[k], block), lane, count);
+        for (int k = 0; k < Rule::kStates; ++k) loaded.states[k].store_some(block_of(place.states[k], block), rest);
     }
 }
 
 template <class Rule, class P, class G>
 __global__ void __launch_bounds__(kThreads, kCtas<Rule>)
     optimizer_32bit_kernel(const __grid_constant__ OptimizerStep step) {
-    const int lane = threadIdx.x % kWarpLanes;
     const int64_t end = step.blocks * (blockIdx.x + 1) / gridDim.x;
     int64_t next = step.blocks * blockIdx.x / gridDim.x + threadIdx.x / kWarpLanes;
     while (next < end) {
-        const Place<Rule, float> place = place_of<Rule, float>(step, next);
+        const auto place = place_of<Rule, P, G, float>(step, next);
         const StepScalars<float> h = scalars_of<Rule, float>(step, place.index);
         const uint32_t stop = static_cast<uint32_t>(min(end - place.first, int64_t(place.blocks)));
         uint32_t block = static_cast<uint32_t>(next - place.first);
-        for (; block < stop; block += kWarps) update_block<Rule, P, G>(place, h, block, lane);
+        for (; block < stop; block += kWarps) update_block<Rule, P, G>(place, h, block);
         next = place.first + block;
     }
 }

@@ -23,10 +23,11 @@ constexpr int kPerLane = kOptimizerBlock / kWarpLanes;
 template <class... Types>
 constexpr int kGroupOf = ((sizeof(Types) == 4) || ...) ? 4 : 8;
 
-// Index within the block of a lane's i-th element.
+// From a lane's first element of a block to its i-th: known at compile time, so that an access is a pointer that the
+// lane keeps plus a constant.
 template <int kGroup>
-__device__ __forceinline__ int element(int lane, int i) {
-    return (i / kGroup * kWarpLanes + lane) * kGroup + i % kGroup;
+__device__ constexpr int element(int i) {
+    return i / kGroup * kWarpLanes * kGroup + i % kGroup;
 }
 
 template <int kBytes>
@@ -69,56 +70,55 @@ struct Lane {
         }
     }
 
-    __device__ __forceinline__ void load(const T* block, int lane) {
+    // From and to where the lane's first element lies.
+    __device__ __forceinline__ void load(const T* first) {
 #pragma unroll
-        for (int j = 0; j < kGroups; ++j)
-            wide[j] = __ldcs(reinterpret_cast<const Wide*>(block) + j * kWarpLanes + lane);
+        for (int j = 0; j < kGroups; ++j) wide[j] = __ldcs(reinterpret_cast<const Wide*>(first) + j * kWarpLanes);
     }
 
-    __device__ __forceinline__ void store(T* block, int lane) const {
+    __device__ __forceinline__ void store(T* first) const {
 #pragma unroll
-        for (int j = 0; j < kGroups; ++j) __stcs(reinterpret_cast<Wide*>(block) + j * kWarpLanes + lane, wide[j]);
+        for (int j = 0; j < kGroups; ++j) __stcs(reinterpret_cast<Wide*>(first) + j * kWarpLanes, wide[j]);
     }
 
-    __device__ void load_some(const T* block, int lane, int64_t count) {
+    // Of a tensor that ends `rest` elements after the lane's first one.
+    __device__ void load_some(const T* first, int64_t rest) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) values[i] = element<kGroup>(i) < rest ? first[element<kGroup>(i)] : T{};
+    }
+
+    __device__ void store_some(T* first, int64_t rest) const {
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
-            const int at = element<kGroup>(lane, i);
-            values[i] = at < count ? block[at] : T{};
-        }
-    }
-
-    __device__ void store_some(T* block, int lane, int64_t count) const {
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-            const int at = element<kGroup>(lane, i);
-            if (at < count) block[at] = values[i];
+            if (element<kGroup>(i) < rest) first[element<kGroup>(i)] = values[i];
         }
     }
 };
 
-// The tensor that a warp is in. Blocks are counted from its own first one.
-template <class Rule, class State>
+// The tensor that a warp is in, as one of its lanes sees it: pointers and the rest start at the lane's own first
+// element. Blocks are counted from the tensor's first one.
+template <class Rule, class P, class G, class State>
 struct Place {
-    const void* g;
-    void* p;
+    static constexpr int kGroup = kGroupOf<P, G, State>;
+
+    const G* g;
+    P* p;
     State* states[Rule::kStates];
     float* absmax[Rule::kStates];  // 8-bit state only
-    int64_t n;
-    int64_t first;  // its first block, in the numbering through all tensors
-    int64_t index;
+    int64_t rest;                  // elements
+    int64_t first;                 // its first block, in the numbering through all tensors
+    uint32_t index;
     uint32_t blocks;  // all of them
     uint32_t whole;   // those with 256 elements, which may be accessed in full width
 
-    // Elements from the start of a block on.
-    __device__ __forceinline__ int64_t rest(uint32_t block) const { return n - int64_t(block) * kOptimizerBlock; }
+    __device__ __forceinline__ int64_t rest_of(uint32_t block) const { return rest - int64_t(block) * kOptimizerBlock; }
 };
 
 // Index of the tensor that holds a block.
-__device__ inline int64_t find_tensor(const OptimizerStep& step, int64_t block) {
-    int64_t low = 0, high = step.count;
+__device__ inline uint32_t find_tensor(const OptimizerStep& step, int64_t block) {
+    uint32_t low = 0, high = static_cast<uint32_t>(step.count);
     while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
+        const uint32_t middle = (low + high) / 2;
         if (step.tensors[middle].first_block <= block) {
             low = middle;
         } else {
@@ -128,24 +128,31 @@ __device__ inline int64_t find_tensor(const OptimizerStep& step, int64_t block) 
     return low;
 }
 
-template <class Rule, class State>
-__device__ inline Place<Rule, State> place_of(const OptimizerStep& step, int64_t block) {
-    Place<Rule, State> place;
+__device__ __forceinline__ const bnb_optimizer_tensor& tensor_of(const OptimizerStep& step, uint32_t index) {
+    return step.tensors ? step.tensors[index] : step.tensor;
+}
+
+template <class Rule, class P, class G, class State>
+__device__ inline Place<Rule, P, G, State> place_of(const OptimizerStep& step, int64_t block) {
+    using Here = Place<Rule, P, G, State>;
+    const uint32_t own = threadIdx.x % kWarpLanes * Here::kGroup;  // the lane's first element
+    Here place;
     place.index = step.tensors ? find_tensor(step, block) : 0;
-    const bnb_optimizer_tensor& tensor = step.tensors ? step.tensors[place.index] : step.tensor;
-    place.g = tensor.g;
-    place.p = tensor.p;
-    place.n = tensor.n;
+    const bnb_optimizer_tensor& tensor = tensor_of(step, place.index);
+    place.g = static_cast<const G*>(tensor.g) + own;
+    place.p = static_cast<P*>(tensor.p) + own;
+    place.rest = tensor.n - own;
     place.first = tensor.first_block;
     place.blocks = static_cast<uint32_t>((tensor.n + kOptimizerBlock - 1) / kOptimizerBlock);
-    uintptr_t addresses = reinterpret_cast<uintptr_t>(place.g) | reinterpret_cast<uintptr_t>(place.p);
+    uintptr_t addresses = reinterpret_cast<uintptr_t>(tensor.g) | reinterpret_cast<uintptr_t>(tensor.p);
 #pragma unroll
     for (int k = 0; k < Rule::kStates; ++k) {
         const bool first = k < Rule::kFirst;
-        place.states[k] = static_cast<State*>(first ? tensor.state1 : tensor.state2) + (first ? k * tensor.n : 0);
+        State* state = static_cast<State*>(first ? tensor.state1 : tensor.state2) + (first ? k * tensor.n : 0);
+        place.states[k] = state + own;
         place.absmax[k] = first ? tensor.absmax1 + k * int64_t(place.blocks) : tensor.absmax2;
         // Codes need half of the alignment, hence the shift.
-        addresses |= reinterpret_cast<uintptr_t>(place.states[k]) << (sizeof(State) == 1 ? 1 : 0);
+        addresses |= reinterpret_cast<uintptr_t>(state) << (sizeof(State) == 1 ? 1 : 0);
     }
     place.whole = addresses % 16 == 0 ? static_cast<uint32_t>(tensor.n / kOptimizerBlock) : 0;
     return place;
@@ -157,15 +164,15 @@ __device__ __forceinline__ T* block_of(T* tensor, uint32_t block) {
     return tensor + uint64_t(block) * kOptimizerBlock;
 }
 
-__device__ __forceinline__ const bnb_optimizer_config& config_of(const OptimizerStep& step, int64_t tensor) {
-    return step.tensors ? step.configs[tensor] : step.config;
+__device__ __forceinline__ const bnb_optimizer_config& config_of(const OptimizerStep& step, uint32_t index) {
+    return step.tensors ? step.configs[index] : step.config;
 }
 
 // The scalars of a tensor's step as Real. Knowing at compile time whether decay joins the gradient saves instructions.
 template <class Rule, class Real>
-__device__ __forceinline__ StepScalars<Real> scalars_of(const OptimizerStep& step, int64_t tensor) {
-    StepScalars<Real> h(config_of(step, tensor), [](float value) { return Real(value); });
-    if (step.sizes) h.step_size = Real(step.sizes[tensor]);
+__device__ __forceinline__ StepScalars<Real> scalars_of(const OptimizerStep& step, uint32_t index) {
+    StepScalars<Real> h(config_of(step, index), [](float value) { return Real(value); });
+    if (step.sizes) h.step_size = Real(step.sizes[index]);
     return h;
 }
 
