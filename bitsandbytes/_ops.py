@@ -450,7 +450,19 @@ def optimizer_update_8bit_blockwise(
 
 
 def _check_update_many(
-    optimizer_name, g, p, table: Tensor, configs: Tensor, scratch, qmap1, qmap2, counts, settings, lr, blocks
+    optimizer_name,
+    g,
+    p,
+    table: Tensor,
+    configs: Tensor,
+    scratch,
+    qmap1,
+    qmap2,
+    counts,
+    settings,
+    lr,
+    seeds,
+    blocks,
 ):
     """One step on many tensors of one kind, in place; ``table`` stands for their state: see ``StepTable``."""
     if optimizer_name not in RULES:
@@ -462,12 +474,15 @@ def _check_update_many(
     check_dtype(table, torch.int64, "table")
     if not len(counts) == len(lr) or len(settings) % max(len(counts), 1):
         raise ArgumentError(f"settings and lr must have a row for each of {len(counts)} counts")
+    if len(seeds) not in (0, len(counts)):
+        raise ArgumentError(f"seeds must be empty or one for each of {len(counts)} counts, got {len(seeds)}")
 
 
 # Not one of OPERATORS, which are public: its table holds addresses, so only the library can call it.
 optimizer_update_many = Operator(
     "optimizer_update_many(str optimizer_name, Tensor[] g, Tensor(a!)[] p, Tensor(b!) table, Tensor(c!) configs, "
-    "Tensor(d!)? scratch, Tensor? qmap1, Tensor? qmap2, int[] counts, float[] settings, Tensor?[] lr, int blocks) -> ()",
+    "Tensor(d!)? scratch, Tensor? qmap1, Tensor? qmap2, int[] counts, float[] settings, Tensor?[] lr, int[] seeds, "
+    "int blocks) -> ()",
     _check_update_many,
     None,
     False,

@@ -103,7 +103,9 @@ typedef struct bnb_optimizer_hyper {
     double t_alpha;           /* steps over which alpha, and beta3, reach their values; 0 is no schedule */
     double t_beta3;
     double max_unorm;         /* the update's norm may be this times the parameter's; 0 is no limit */
+    int64_t seed;             /* of the dice that bfloat16 parameters are rounded by */
     bool skip_zeros;
+    bool rounds;              /* bfloat16 parameters at random, right on average; else to nearest */
 } bnb_optimizer_hyper;
 
 /* One tensor of a step on many, in device memory: addresses on the device (state may be managed memory), n elements,
@@ -119,6 +121,9 @@ typedef struct bnb_optimizer_tensor {
     int64_t* step;
     int64_t n;
     int64_t first_block;
+    int64_t place;   /* in its group */
+    int64_t offset;  /* of its first element in the whole parameter, of which it may be a shard */
+    int64_t key;     /* of this step's dice, which bnb_cuda_optimizer_begin writes; negative: round to nearest */
 } bnb_optimizer_tensor;
 
 /* A CUDA stream; null is the default stream. */

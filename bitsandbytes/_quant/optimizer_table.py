@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._formats.table import OPTIMIZER_BLOCKSIZE
+from .._ops import optimizer_update_many
 
 __all__ = ["Hyper", "StepTable", "step_counters"]
 
@@ -62,6 +63,8 @@ class StepTable:
             ``absmax2``, ``qmap1``, ``qmap2`` and ``unorm_vec``.
         counters: for each, the device address of its count of steps, an int64 that :func:`step_counters` made.
         limited: whether norms may be limited.
+        dice: for each, its place in its group and the position of its first element in the whole parameter: what
+            stochastic rounding takes its dice from, beside the seed and the step.
     """
 
     def __init__(
@@ -71,17 +74,18 @@ class StepTable:
         states: Sequence[dict],
         counters: list[int],
         limited: bool,
+        dice: list[tuple[int, int]],
     ) -> None:
         device = params[0].device
         self.optimizer_name, self.params = optimizer_name, params
         self.tensors = [[state.get(name) for name in _FIELDS] for state in states]  # kept alive
         self.qmap1, self.qmap2 = states[0].get("qmap1"), states[0].get("qmap2")
         rows, block = [], 0
-        for p, tensors, counter in zip(params, self.tensors, counters, strict=True):
+        for p, tensors, counter, (place, offset) in zip(params, self.tensors, counters, dice, strict=True):
             addresses = [0 if t is None else t.data_ptr() for t in tensors]
             if not limited:
                 addresses[4] = 0
-            rows.append([0, p.data_ptr(), *addresses, counter, p.numel(), block])
+            rows.append([0, p.data_ptr(), *addresses, counter, p.numel(), block, place, offset, -1])
             block -= p.numel() // -OPTIMIZER_BLOCKSIZE
         self.blocks = block
         self.table = _on_device(rows, device)
@@ -90,13 +94,19 @@ class StepTable:
         self.scratch = torch.empty(size, dtype=torch.uint8, device=device) if limited else None
 
     def step(
-        self, gradients: list[Tensor], counts: list[int], hypers: list[Hyper], lrs: list[Tensor | None]
+        self,
+        gradients: list[Tensor],
+        counts: list[int],
+        hypers: list[Hyper],
+        lrs: list[Tensor | None],
+        seeds: list[int],
     ) -> None:
         """Take one step: the first ``counts[0]`` tensors with ``hypers[0]``, and so on.
 
-        ``lrs`` holds, where it is not None, a float32 tensor of one element on the device instead of a hyper's lr.
+        ``lrs`` holds, where it is not None, a float32 tensor of one element on the device instead of a hyper's lr;
+        ``seeds``, unless empty, 64-bit seeds that bfloat16 parameters are rounded with.
         """
-        torch.ops.bitsandbytes.optimizer_update_many(
+        optimizer_update_many(
             self.optimizer_name,
             gradients,
             self.params,
@@ -108,5 +118,6 @@ class StepTable:
             counts,
             [float(value) for hyper in hypers for value in hyper],
             lrs,
+            seeds,
             self.blocks,
         )

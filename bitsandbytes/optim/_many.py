@@ -3,8 +3,9 @@
 Parameters that agree in rule, dtypes, device and kind of state share a table in device memory (``StepTable``), and a
 step is one launch for each table. Tables stay while what they describe stays: the fast path of a step only compares
 (which parameters have gradients, where parameters and state lie, how many steps they took), and anything unexpected
-makes new tables. Parameters that no table takes (other devices, strided or sharded ones, a subclass that defines its
-own update, clipped or randomly rounded ones) are left to ``update_step``.
+makes new tables. Of a DTensor the part that is here stands in the table. Parameters that no table takes (other devices,
+strided ones, a subclass that defines its own update, clipped ones, sharded ones with a limited norm) are left to
+``update_step``.
 
 The device counts steps and derives the scalars of each step from the settings, so a captured step advances when its
 graph is replayed. The host's ``step`` is kept beside it; once a step was captured only the device knows how often it
@@ -23,7 +24,7 @@ from .._formats.table import FLOAT_DTYPES
 from .._ops import optimizer_update_many
 from .._quant.optimizer_table import Hyper, StepTable, step_counters
 from ._rules import scheduled
-from ._sharded import is_dtensor, is_sharded
+from ._sharded import is_dtensor, is_sharded, local_of, shard_offset
 
 if TYPE_CHECKING:
     from ._base import Optimizer8bit
@@ -45,30 +46,44 @@ class _Launch:
     """One table, and what to compare before it may be used again."""
 
     def __init__(
-        self, optimizer: Optimizer8bit, members: list[Member], rows: list[list[Member]], limited: bool
+        self, optimizer: Optimizer8bit, rows: list[list[Member]], limited: bool, rounds: bool
     ) -> None:
-        self.params = [p for _, _, p in members]
+        members = [member for row in rows for member in row]
+        self.owners = [p for _, _, p in members]
+        self.params = [local_of(p) for p in self.owners]
+        self.sharded = is_dtensor(self.owners[0])
+        self.places = [pindex for _, pindex, _ in members]
         self.positions: list[int] = []  # among all the optimizer's parameters
-        self.states = [optimizer.state[p] for p in self.params]
+        self.states = [optimizer.state[p] for p in self.owners]
         self.rows = [row[0] for row in rows]  # one member of each row speaks for it
         self.counts = [len(row) for row in rows]
-        self.limited = limited
-        self.g_dtype = self.params[0].grad.dtype  # type: ignore[union-attr]
+        self.limited, self.rounds = limited, rounds
+        self.g_dtype = self.owners[0].grad.dtype  # type: ignore[union-attr]
         self.addresses = [p.data_ptr() for p in self.params]
         self.buffers = [[state.get(key) for state in self.states] for key in ("state1", "state2")]
-        self.pages = [p for p, state in zip(self.params, self.states, strict=True) if _is_paged(state)]
+        self.pages = [p for p, state in zip(self.owners, self.states, strict=True) if _is_paged(state)]
         self.steps = [state["step"] for state in self.states]
 
     def make_table(self, name: str, counters: dict[Tensor, Counter]) -> None:
         """Make the table; parameters that have no counter yet get one, which starts from the host's count."""
-        new = [index for index, p in enumerate(self.params) if p not in counters]
+        new = [index for index, p in enumerate(self.owners) if p not in counters]
         if new:
             clock = step_counters([self.steps[index] for index in new], self.params[0].device)
-            counters.update((self.params[index], (clock, place)) for place, index in enumerate(new))
-        own = [counters[p] for p in self.params]
+            counters.update((self.owners[index], (clock, place)) for place, index in enumerate(new))
+        own = [counters[p] for p in self.owners]
         addresses = [clock.data_ptr() + index * clock.itemsize for clock, index in own]
         self.clocks = {id(clock): clock for clock, _ in own}  # kept alive
-        self.table = StepTable(name, self.params, self.states, addresses, self.limited)
+        offsets = [shard_offset(p) if self.rounds else 0 for p in self.owners]
+        dice = list(zip(self.places, offsets, strict=True))
+        self.table = StepTable(name, self.params, self.states, addresses, self.limited, dice)
+
+    def parts_of(self, grads: list[Tensor]) -> list[Tensor] | None:
+        """What is here of the gradients; None if they are not laid out like the parameters."""
+        if not self.sharded:
+            return grads
+        if not all(map(_laid_out_alike, self.owners, grads)):
+            return None
+        return list(map(local_of, grads))
 
     def fits(self, grads: list[Tensor], counted_by_host: bool) -> bool:
         """Whether the table still describes what these gradients are for."""
@@ -76,11 +91,14 @@ class _Launch:
         dtypes = [g.dtype for g in grads]
         return (
             dtypes.count(self.g_dtype) == len(dtypes)
-            and [p.data_ptr() for p in self.params] == self.addresses
+            and [p.data_ptr() for p in self._present()] == self.addresses
             and all(map(operator.is_, [s["state1"] for s in states], self.buffers[0]))
             and all(map(operator.is_, [s.get("state2") for s in states], self.buffers[1]))
             and not (counted_by_host and [s["step"] for s in states] != self.steps)
         )
+
+    def _present(self) -> list[Tensor]:
+        return list(map(local_of, self.owners)) if self.sharded else self.params
 
     def count_steps(self) -> None:
         self.steps = steps = [step + 1 for step in self.steps]
@@ -124,11 +142,11 @@ class ManySteps:
             assert ready is not None, "tables that were just made fit"
         if capturing:
             self._note_capture()
-        for launch, gradients, hypers, lrs in ready:
+        for launch, gradients, hypers, lrs, seeds in ready:
             if not capturing:
                 for p in launch.pages:
                     optimizer.prefetch_state(p)
-            launch.table.step(gradients, launch.counts, hypers, lrs)
+            launch.table.step(gradients, launch.counts, hypers, lrs, seeds)
             if not self._was_captured:
                 launch.count_steps()
         return self._rest
@@ -145,7 +163,7 @@ class ManySteps:
 
     def _ready(
         self, optimizer: Optimizer8bit, params: list[Tensor], grads: list[Tensor | None]
-    ) -> list[tuple[_Launch, list[Tensor], list[Hyper], list[Tensor | None]]] | None:
+    ) -> list[tuple[_Launch, list[Tensor], list[Hyper], list[Tensor | None], list[int]]] | None:
         """Everything the launches take, or None if new tables are needed."""
         if self._shape is None or self._shape != _shape_of(optimizer, params, grads):
             return None
@@ -154,25 +172,27 @@ class ManySteps:
             configs = [optimizer.get_config(g, i, optimizer.param_groups[g]) for g, i, _ in launch.rows]
             if any((config["max_unorm"] > 0.0) != launch.limited for config in configs):
                 return None
-            if any(_asks_for_more(config, launch.params[0]) for config in configs):
+            if any(_rounds(config, launch.params[0]) != launch.rounds for config in configs):
                 return None
-            gradients = [grads[position] for position in launch.positions]
-            if not launch.fits(gradients, counted_by_host):  # type: ignore[arg-type]
+            if any(_asks_for_more(config) for config in configs):
                 return None
-            if not all(map(Tensor.is_contiguous, gradients)):  # type: ignore[arg-type]
-                gradients = [g.contiguous() for g in gradients]  # type: ignore[union-attr]
+            gradients = launch.parts_of([grads[position] for position in launch.positions])  # type: ignore[misc]
+            if gradients is None or not launch.fits(gradients, counted_by_host):
+                return None
+            if not all(map(Tensor.is_contiguous, gradients)):
+                gradients = [g.contiguous() for g in gradients]
             device = launch.params[0].device
             hypers = [_hyper_of(config, launch.steps[0] + 1) for config in configs]
-            ready.append(
-                (launch, gradients, hypers, [_lr_tensor(config["lr"], device) for config in configs])
-            )
-        return ready  # type: ignore[return-value]
+            lrs = [_lr_tensor(config["lr"], device) for config in configs]
+            seeds = [_signed(config["rounding_seed"]) for config in configs] if launch.rounds else []
+            ready.append((launch, gradients, hypers, lrs, seeds))
+        return ready
 
     def _note_capture(self) -> None:
         if self._rest:
             raise RuntimeError(
                 f"{len(self._rest)} parameters step one by one and cannot be captured into a CUDA graph: they or their "
-                "gradients are strided, sharded, of unequal dtypes, on the CPU, or have clipped gradients"
+                "gradients are strided, of unequal dtypes, on the CPU, clipped, or sharded with a limited norm"
             )
         self._was_captured = True
         for launch in self._launches:
@@ -209,7 +229,8 @@ class ManySteps:
                 state["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device=p.device)
             first = state["state1"]
             maps = tuple(id(state.get(key)) for key in ("qmap1", "qmap2"))
-            kind = (p.device, p.dtype, p.grad.dtype, first.dtype, limited, maps)
+            flags = (limited, _rounds(config, p))
+            kind = (p.device, p.dtype, p.grad.dtype, first.dtype, is_dtensor(p), maps, flags)
             row = (
                 gindex,
                 id(optimizer.mng.pid2config.get(id(p))),
@@ -219,11 +240,9 @@ class ManySteps:
         self._launches = []
         places = {p: place for place, p in enumerate(params)}
         for kind, rows in kinds.items():
-            launch = _Launch(
-                optimizer, [m for row in rows.values() for m in row], list(rows.values()), kind[4]
-            )
+            launch = _Launch(optimizer, list(rows.values()), *kind[-1])
             launch.make_table(optimizer.optimizer_name, self._counters)
-            launch.positions = [places[p] for p in launch.params]
+            launch.positions = [places[p] for p in launch.owners]
             self._launches.append(launch)
         self._shape = _shape_of(optimizer, params, grads)
 
@@ -274,32 +293,49 @@ def _is_paged(state: dict[str, Any]) -> bool:
 
 def _fits_a_table(p: Tensor, state: dict[str, Any], config: dict[str, Any]) -> bool:
     grad, first = p.grad, state.get("state1")
-    if p.device.type not in optimizer_update_many.kernels or is_dtensor(p) or not isinstance(first, Tensor):
+    if p.device.type not in optimizer_update_many.kernels or not isinstance(first, Tensor):
         return False
     assert grad is not None
+    if is_dtensor(p) and not _laid_out_alike(p, grad):
+        return False
+    part, part_grad = local_of(p), local_of(grad)
     tensors = [t for t in (first, state.get("state2")) if t is not None]
     return (
-        grad.layout == p.layout == torch.strided
+        part_grad.layout == part.layout == torch.strided
         and p.dtype in FLOAT_DTYPES
         and grad.dtype in (p.dtype, torch.float32)
-        and grad.device == p.device
-        and grad.shape == p.shape
-        and p.is_contiguous()
+        and part_grad.device == part.device
+        and part_grad.shape == part.shape
+        and part.is_contiguous()
         and all(
             t.is_contiguous() and (t.device == p.device or getattr(t, "is_paged", False)) for t in tensors
         )
         and all(
             state[key].device == p.device for key in ("qmap1", "qmap2", "absmax1", "absmax2") if key in state
         )
-        and not _asks_for_more(config, p)
+        and not _asks_for_more(config)
         and not (config["max_unorm"] > 0.0 and is_sharded(p))
     )
 
 
-def _asks_for_more(config: dict[str, Any], p: Tensor) -> bool:
+def _laid_out_alike(p: Tensor, grad: Tensor) -> bool:
+    """Whether a DTensor's gradient needs no communication; all processes see the same."""
+    return getattr(grad, "placements", None) == p.placements  # type: ignore[attr-defined]
+
+
+def _asks_for_more(config: dict[str, Any]) -> bool:
     """Whether the settings ask for what only single steps do."""
-    rounds = p.dtype == torch.bfloat16 and config["rounding_seed"] is not None
-    return rounds or config["percentile_clipping"] < 100
+    return config["percentile_clipping"] < 100
+
+
+def _rounds(config: dict[str, Any], p: Tensor) -> bool:
+    """Whether ``p`` is rounded at random."""
+    return p.dtype == torch.bfloat16 and config["rounding_seed"] is not None
+
+
+def _signed(seed: int) -> int:
+    """The 64 bits of a seed as the signed number that operators take."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _hyper_of(config: dict[str, Any], step: int) -> Hyper:

@@ -55,7 +55,7 @@ bnb_status bnb_cuda_optimizer_update_32bit(
         require(n == 0 || (g && p && state1), "null pointer for ", n, " values");
         require((state2 != nullptr) == has_second(rule) || n == 0, "state2 does not fit rule ", int(rule));
         require(!unorm || scratch, "unorm needs scratch");
-        OptimizerStep step = step_on({g, p, state1, state2, nullptr, nullptr, unorm, nullptr, n, 0}, config);
+        OptimizerStep step = step_on({g, p, state1, state2, nullptr, nullptr, unorm, nullptr, n, 0, 0, 0, -1}, config);
         if (unorm) limit(step, kind, false, scratch, as_stream(stream));
         optimizer_update_32bit(step, kind, as_stream(stream));
     });
@@ -70,7 +70,8 @@ bnb_status bnb_cuda_optimizer_update_8bit_blockwise(
         require(n == 0 || (g && p && state1 && absmax1 && qmap1), "null pointer for ", n, " values");
         const bool second = state2 && absmax2 && qmap2;
         require(second == has_second(rule) || n == 0, "state2 does not fit rule ", int(rule));
-        OptimizerStep step = step_on({g, p, state1, state2, absmax1, absmax2, nullptr, nullptr, n, 0}, config);
+        OptimizerStep step =
+            step_on({g, p, state1, state2, absmax1, absmax2, nullptr, nullptr, n, 0, 0, 0, -1}, config);
         step.qmap1 = qmap1;
         step.qmap2 = qmap2;
         optimizer_update_8bit(step, kind, as_stream(stream));

@@ -23,6 +23,20 @@ BNB_HOST_DEVICE BNB_INLINE uint32_t random_bits(uint64_t key, uint64_t index) {
     return mixed_bits((low + uint32_t(index >> 32) * 0x9e3779b9u) ^ uint32_t(key >> 32));
 }
 
+// The key of one step of the parameter at a place in its group, as optim/_rounding.py has it (splitmix64); not
+// negative.
+BNB_HOST_DEVICE inline int64_t rounding_key(int64_t seed, int64_t place, int64_t step) {
+    uint64_t key = uint64_t(seed);
+    const uint64_t parts[] = {uint64_t(place), uint64_t(step)};
+    for (const uint64_t part : parts) {
+        key += (part + 1) * 0x9e3779b97f4a7c15u;
+        key = (key ^ (key >> 30)) * 0xbf58476d1ce4e5b9u;
+        key = (key ^ (key >> 27)) * 0x94d049bb133111ebu;
+        key ^= key >> 31;
+    }
+    return int64_t(key >> 1);
+}
+
 // value, rounded up in magnitude where the low half of `random` says so; infinity and NaN as ever.
 BNB_HOST_DEVICE BNB_INLINE BFloat16 round_stochastic(float value, uint32_t random) {
     const uint32_t bits = float_bits(value);

@@ -20,7 +20,7 @@ constexpr int kCtas = Rule::kStates == 1   ? 4
 
 template <class Rule, class P, class G>
 __device__ __forceinline__ void update_block(
-    const Place<Rule, P, G, float>& place, const StepScalars<float>& h, uint32_t block) {
+    const Place<Rule, P, G, float>& place, const StepScalars<float>& h, const Dice& dice, uint32_t block) {
     Loaded<Rule, P, G, float> loaded;
     loaded.template load<true>(place, block);
     float moved[kPerLane];
@@ -40,7 +40,8 @@ __device__ __forceinline__ void update_block(
         for (int k = 0; k < Rule::kStates; ++k) loaded.states[k].values[i] = state[k];
     }
 #pragma unroll
-    for (int i = 0; i < kPerLane; i += 2) loaded.p.set_pair(i, moved[i], moved[i + 1]);
+    for (int i = 0; i < kPerLane; i += 2)
+        round_pair(loaded.p, i, moved[i], moved[i + 1], dice, uint64_t(block) * kOptimizerBlock);
     P* p_target = block_of(place.p, block);
     if (block < place.whole) {
         loaded.p.store(p_target);
@@ -62,9 +63,10 @@ __global__ void __launch_bounds__(kThreads, kCtas<Rule>)
     while (next < end) {
         const auto place = place_of<Rule, P, G, float>(step, next);
         const StepScalars<float> h = scalars_of<Rule, float>(step, place.index);
+        const Dice dice = dice_of<Place<Rule, P, G, float>::kGroup>(step, place.index);
         const uint32_t stop = static_cast<uint32_t>(min(end - place.first, int64_t(place.blocks)));
         uint32_t block = static_cast<uint32_t>(next - place.first);
-        for (; block < stop; block += kWarps) update_block<Rule, P, G>(place, h, block);
+        for (; block < stop; block += kWarps) update_block<Rule, P, G>(place, h, dice, block);
         next = place.first + block;
     }
 }

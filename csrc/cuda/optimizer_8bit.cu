@@ -42,8 +42,10 @@ constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 // Whether a step is the rule's and nothing else.
 template <class Rule>
-__device__ __forceinline__ bool is_plain(const bnb_optimizer_config& config) {
-    return config.gnorm_scale == 1.0f && !config.skip_zeros && !(Rule::kCoupledDecay && config.decay != 0.0f);
+__device__ __forceinline__ bool is_plain(const OptimizerStep& step, uint32_t index) {
+    const bnb_optimizer_config& config = config_of(step, index);
+    return tensor_of(step, index).key < 0 && config.gnorm_scale == 1.0f && !config.skip_zeros &&
+           !(Rule::kCoupledDecay && config.decay != 0.0f);
 }
 
 // One lane's share of a block after the step: eight parameters, and their states before they are encoded.
@@ -54,11 +56,17 @@ class Stepped {
     using Here = typename Block::Here;
     using Scalars = StepScalars<Quick>;
 
-    __device__ __forceinline__ void step(const Block& block, const StateTables& tables, const Scalars& h) {
+    // `offset` elements come before the block.
+    __device__ __forceinline__ void step(
+        const Block& block, const StateTables& tables, const Scalars& h, const Dice& dice, uint64_t offset) {
 #pragma unroll
         for (int i = 0; i < kPerLane; i += 2) {
             const float first = step_one(block, tables, h, i), second = step_one(block, tables, h, i + 1);
-            p_.set_pair(i, first, second);
+            if (kPlain) {
+                p_.set_pair(i, first, second);
+            } else {
+                round_pair(p_, i, first, second, dice, offset);
+            }
         }
     }
 
@@ -215,9 +223,10 @@ __device__ __forceinline__ uint32_t step_blocks(
     const StepScalars<Quick> h = scalars_of<Rule, Quick>(step, place.index);
     Loaded<Rule, P, G, uint8_t> loaded;
     loaded.template load<!kPlain>(place, block);
+    const Dice dice = kPlain ? Dice{} : dice_of<Place<Rule, P, G, uint8_t>::kGroup>(step, place.index);
     for (;;) {
         Stepped<Rule, P, G, kPlain> stepped;
-        stepped.step(loaded, tables, h);
+        stepped.step(loaded, tables, h, dice, uint64_t(block) * kOptimizerBlock);
         const uint32_t next = block + stride;
         if (next < stop) loaded.template load<!kPlain>(place, next);
         stepped.store(place, tables, shared, block);
@@ -243,7 +252,7 @@ __global__ void __launch_bounds__(Tuning<Rule, P, G>::kThreads, 1)
         const auto place = place_of<Rule, P, G, uint8_t>(step, next);
         const uint32_t stop = static_cast<uint32_t>(min(end - place.first, int64_t(place.blocks)));
         uint32_t block = static_cast<uint32_t>(next - place.first);
-        if (is_plain<Rule>(config_of(step, place.index)) && !tables.crowded) {
+        if (is_plain<Rule>(step, place.index) && !tables.crowded) {
             block = step_blocks<true>(step, place, tables, shared, block, min(stop, place.whole), stride);
         }
         block = step_blocks<false>(step, place, tables, shared, block, stop, stride);

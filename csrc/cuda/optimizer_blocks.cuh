@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "../common/optimizer_rules.h"
+#include "../common/stochastic_rounding.h"
 #include "device.cuh"
 #include "optimizer.h"
 #include "vector_io.cuh"
@@ -95,6 +96,30 @@ struct Lane {
     }
 };
 
+// What a tensor's parameters are rounded by.
+struct Dice {
+    int64_t key;     // negative: to nearest
+    uint64_t first;  // index of the lane's first element
+
+    __device__ __forceinline__ BFloat16 round(float value, uint64_t offset) const {
+        return round_stochastic(value, random_bits(uint64_t(key), first + offset));
+    }
+};
+
+// Round elements i and i + 1, i even, of the block that starts at `offset`.
+template <class T, int kGroup>
+__device__ __forceinline__ void round_pair(
+    Lane<T, kGroup>& target, int i, float a, float b, const Dice& dice, uint64_t offset) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        if (dice.key >= 0) {
+            target.values[i] = dice.round(a, offset + element<kGroup>(i));
+            target.values[i + 1] = dice.round(b, offset + element<kGroup>(i + 1));
+            return;
+        }
+    }
+    target.set_pair(i, a, b);
+}
+
 // The tensor that a warp is in, as one of its lanes sees it: pointers and the rest start at the lane's own first
 // element. Blocks are counted from the tensor's first one.
 template <class Rule, class P, class G, class State>
@@ -156,6 +181,12 @@ __device__ inline Place<Rule, P, G, State> place_of(const OptimizerStep& step, i
     }
     place.whole = addresses % 16 == 0 ? static_cast<uint32_t>(tensor.n / kOptimizerBlock) : 0;
     return place;
+}
+
+template <int kGroup>
+__device__ __forceinline__ Dice dice_of(const OptimizerStep& step, uint32_t index) {
+    const bnb_optimizer_tensor& tensor = tensor_of(step, index);
+    return {tensor.key, uint64_t(tensor.offset) + threadIdx.x % kWarpLanes * kGroup};
 }
 
 // Where block number `block` of a tensor begins; one multiply-add for a 32-bit number.

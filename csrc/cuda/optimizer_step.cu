@@ -2,6 +2,7 @@
 // there, so that nothing waits for it and a CUDA graph can replay the step.
 
 #include "../common/optimizer_scalars.h"
+#include "../common/stochastic_rounding.h"
 #include "device.cuh"
 #include "optimizer.h"
 
@@ -23,6 +24,7 @@ __global__ void begin_step_kernel(
     tensors[i].g = reinterpret_cast<const void*>(gradients.addresses[i]);
     const int64_t step = *tensors[i].step + 1;
     *tensors[i].step = step;
+    tensors[i].key = hyper.rounds ? rounding_key(hyper.seed, tensors[i].place, step) : -1;
     configs[i] = step_config<Rule>(hyper, hyper.lr_address ? double(*hyper.lr_address) : hyper.lr, step);
 }
 

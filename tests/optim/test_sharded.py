@@ -74,11 +74,21 @@ def where(request):
     return request.param
 
 
+@pytest.fixture(params=["cpu", "cpu, together", "cuda"])
+def how(request):
+    """Where, and on the CPU also with many tensors at once, as on CUDA."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return request.param
+
+
 def run(folder, world, code, device):
+    if device.endswith("together"):
+        device, code = "cpu", "import many_in_torch\nmany_in_torch.install()\n" + code
     run_ranks(folder, world, START + code, device)
 
 
-def test_sharded_steps_are_the_unsharded_ones(tmp_path, where):
+def test_sharded_steps_are_the_unsharded_ones(tmp_path, how):
     """Bit for bit where the state has no blocks or the shards end where blocks do; otherwise as near as 8 bits are."""
     code = """
 OPTIONS = {"LARS8bit": {"momentum": 0.9}, "SGD8bit": {"momentum": 0.9}, "LARS32bit": {"momentum": 0.9}}
@@ -90,6 +100,8 @@ for name in ("AdamW32bit", "AdamW8bit", "AdEMAMix8bit", "Lion8bit", "SGD8bit", "
             optimizer = getattr(optim, name)(model.parameters(), lr=1e-2, **OPTIONS.get(name, {}))
             train(model, optimizer)
         limited = name.startswith("LA")  # sums over shards are sums in another order
+        if optim._many.optimizer_update_many.kernels.get(DEVICE):  # shards share tables, but for norms of the whole
+            assert len(optimizer._many._rest) == (4 if limited else 0), name
         for ours, theirs in zip(*map(parameters, pair)):
             if aligned and not limited:
                 assert torch.equal(ours, theirs), name
@@ -100,10 +112,10 @@ for name in ("AdamW32bit", "AdamW8bit", "AdEMAMix8bit", "Lion8bit", "SGD8bit", "
             assert optimizer.state[p]["state1"].shape[-p.dim():] == p.to_local().shape
             assert not isinstance(optimizer.state[p]["state1"], DTensor)
 """
-    run(tmp_path, 2, code, where)
+    run(tmp_path, 2, code, how)
 
 
-def test_shards_share_the_dice_and_processes_the_seed(tmp_path, where):
+def test_shards_share_the_dice_and_processes_the_seed(tmp_path, how):
     """Each process seeds torch differently; rounding is still that of the whole, unsharded parameter."""
     code = """
 def stepped(model):
@@ -131,7 +143,7 @@ stepped(parts)
 assert all(map(torch.equal, parameters(plain), parameters(parts)))
 assert not torch.equal(parameters(plain)[0], parameters(fresh())[0])
 """
-    run(tmp_path, 2, code, where)
+    run(tmp_path, 2, code, how)
 
 
 def test_the_width_of_state_follows_the_whole_parameter(tmp_path, where):

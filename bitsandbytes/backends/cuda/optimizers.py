@@ -148,7 +148,7 @@ def _(
 
 
 @_native_kernel(optimizer_update_many, "bnb_cuda_optimizer_update_many")
-def _(optimizer_name, g, p, table, configs, scratch, qmap1, qmap2, counts, settings, lr, blocks):
+def _(optimizer_name, g, p, table, configs, scratch, qmap1, qmap2, counts, settings, lr, seeds, blocks):
     if not g:
         return
     rule, stream = RULE_ID[RULES[optimizer_name].name], stream_of(table)
@@ -164,7 +164,9 @@ def _(optimizer_name, g, p, table, configs, scratch, qmap1, qmap2, counts, setti
             *numbers, skip_zeros = settings[row * each : (row + 1) * each]
             lib.bnb_cuda_optimizer_begin(
                 addresses[8 * first : 8 * (first + count)],
-                bytes(hyper(ptr(lr[row]), *numbers, bool(skip_zeros))),
+                bytes(
+                    hyper(ptr(lr[row]), *numbers, seeds[row] if seeds else 0, bool(skip_zeros), bool(seeds))
+                ),
                 entries + first * entry_bytes,
                 derived + first * config_bytes,
                 count,
