@@ -42,6 +42,36 @@ def make(name: str, params: Any, **settings: Any) -> torch.optim.Optimizer:
     return getattr(optim, name)(params, **{**NEEDED.get(family_of(name), {}), **settings})
 
 
+def parameters(
+    count: int, dtype: torch.dtype = torch.float32, smallest: int = 0, device: str = "cuda"
+) -> list[torch.nn.Parameter]:
+    """Of sizes around the borders of blocks and of the 8-bit threshold, one of them empty."""
+    sizes = [0, 1, 255, 256, 257, 4095, 4096, 4097, 5000, 65_537]
+    sizes = [size for size in sizes if size >= smallest]
+    return [
+        torch.nn.Parameter((torch.randn(sizes[i % len(sizes)], device=device) * 0.1).to(dtype))
+        for i in range(count)
+    ]
+
+
+def give_gradients(*groups: list[torch.nn.Parameter], dtype: torch.dtype | None = None) -> None:
+    """The same random gradients to each list of parameters."""
+    for same in zip(*groups, strict=True):
+        g = torch.randn_like(same[0]) * 0.01
+        for p in same:
+            if dtype is not None:
+                p.grad_dtype = dtype
+            p.grad = g.to(dtype or p.dtype)
+
+
+def one_by_one(name: str, params: list, **settings) -> torch.optim.Optimizer:
+    """The optimizer without launches for many tensors."""
+    optimizer = make(name, params, **settings)
+    update = optimizer.update_step
+    optimizer.update_step = lambda *args: update(*args)
+    return optimizer
+
+
 class Case(NamedTuple):
     """One golden file: the family it was made with, and the settings."""
 

@@ -19,7 +19,7 @@ from bitsandbytes._formats.codebooks import create_dynamic_map
 from bitsandbytes._formats.rules import RULES
 from bitsandbytes._native import has_native
 from bitsandbytes._ops import OPERATORS
-from optim_cases import CASES, CLASSES, make, run_case
+from optim_cases import CASES, CLASSES, give_gradients, make, one_by_one, parameters, run_case
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_native("bnb_cuda_optimizer_update_many")),
@@ -76,7 +76,13 @@ def run_32bit(
 
 
 def run_8bit(
-    kernel: str, name: str, start: Tensor, grads: list[Tensor], skip_zeros: bool = False
+    kernel: str,
+    name: str,
+    start: Tensor,
+    grads: list[Tensor],
+    skip_zeros: bool = False,
+    decay: float = 0.1,
+    scale: float = 0.5,
 ) -> dict[str, Tensor | None]:
     rule, n = RULES[name], start.numel()
     two, blocks = rule.states == 2, -(n // -BLOCK)
@@ -91,7 +97,7 @@ def run_8bit(
     for step, g in enumerate(grads, start=1):
         OPERATORS["optimizer_update_8bit_blockwise"].run_with(
             kernel, name, g, p, state1, state2, *BETAS.values(), 2.0, 1e-8, step, 1e-2, *maps, absmax1, absmax2,
-            0.1, 0.5, skip_zeros,
+            decay, scale, skip_zeros,
         )  # fmt: skip
     return {"p": p, "state1": state1, "state2": state2, "absmax1": absmax1, "absmax2": absmax2}
 
@@ -112,34 +118,6 @@ def assert_agree(ours: dict[str, Tensor | None], oracle: dict[str, Tensor | None
             atol, rtol = CLOSE[value.dtype]
             wrong = ~torch.isclose(ours[key].float(), value.float(), atol=atol, rtol=rtol, equal_nan=True)
             assert wrong.sum() <= (2e-3 * wrong.numel() if codes_may_differ else 0)
-
-
-def parameters(count: int, dtype: torch.dtype = torch.float32, smallest: int = 0) -> list[torch.nn.Parameter]:
-    """Of sizes around the borders of blocks and of the 8-bit threshold, one of them empty."""
-    sizes = [0, 1, 255, 256, 257, 4095, 4096, 4097, 5000, 65_537]
-    sizes = [size for size in sizes if size >= smallest]
-    return [
-        torch.nn.Parameter((torch.randn(sizes[i % len(sizes)], device="cuda") * 0.1).to(dtype))
-        for i in range(count)
-    ]
-
-
-def give_gradients(*groups: list[torch.nn.Parameter], dtype: torch.dtype | None = None) -> None:
-    """The same random gradients to each list of parameters."""
-    for same in zip(*groups, strict=True):
-        g = torch.randn_like(same[0]) * 0.01
-        for p in same:
-            if dtype is not None:
-                p.grad_dtype = dtype
-            p.grad = g.to(dtype or p.dtype)
-
-
-def one_by_one(name: str, params: list, **settings) -> torch.optim.Optimizer:
-    """The optimizer without launches for many tensors."""
-    optimizer = make(name, params, **settings)
-    update = optimizer.update_step
-    optimizer.update_step = lambda *args: update(*args)
-    return optimizer
 
 
 def waits_of(call) -> Counter:
@@ -165,14 +143,20 @@ def test_32bit_agrees_with_plain_torch(name, n, dtype, skip_zeros):
     assert_agree(ours, oracle, name in WITHOUT_ROOT)
 
 
-@pytest.mark.parametrize("skip_zeros", [False, True])
+@pytest.mark.parametrize("extras", ["plain", "scaled", "skip_zeros"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("name", RULES)
-def test_8bit_agrees_with_plain_torch(name, n, dtype, skip_zeros):
+def test_8bit_agrees_with_plain_torch(name, n, dtype, extras):
+    """A step without extras has a loop of its own, in which coupled decay is an extra."""
     start, grads = torch.randn(n).to(dtype).cuda(), gradients(n, dtype)
+    settings = (
+        {"scale": 1.0, "decay": 0.0 if RULES[name].coupled_decay else 0.1}
+        if extras == "plain"
+        else {"skip_zeros": extras == "skip_zeros"}
+    )
 
-    ours, oracle = (run_8bit(k, name, start, grads, skip_zeros) for k in ("cuda", "default"))
+    ours, oracle = (run_8bit(k, name, start, grads, **settings) for k in ("cuda", "default"))
 
     assert_agree(ours, oracle, name in WITHOUT_ROOT)
     if name in ("adam", "ademamix"):  # their state takes no root
@@ -338,6 +322,48 @@ def test_one_launch_does_what_single_steps_do(family, bits, dtype):
         for key, value in twin.state[q].items():
             if isinstance(value, Tensor) and value.dtype != torch.uint8 and not limited:
                 torch.testing.assert_close(ours.state[p][key], value, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["AdamW8bit", "AdamW32bit", "AdEMAMix8bit", "Lion8bit", "SGD8bit", "RMSprop32bit"]
+)
+def test_one_launch_rolls_the_dice_of_single_steps(name):
+    params = parameters(25, torch.bfloat16)
+    twins, nearest = ([torch.nn.Parameter(p.detach().clone()) for p in params] for _ in range(2))
+    torch.manual_seed(1)
+    ours = make(name, params, stochastic_rounding=True)
+    torch.manual_seed(1)
+    twin, other = one_by_one(name, twins, stochastic_rounding=True), make(name, nearest)
+
+    for _ in range(3):
+        give_gradients(params, twins, nearest)
+        for optimizer in (ours, twin, other):
+            optimizer.step()
+
+    assert not ours._many._rest
+    assert all(map(torch.equal, params, twins))
+    assert not torch.equal(params[-1], nearest[-1])
+
+
+def test_replayed_graph_rolls_new_dice():
+    params = parameters(10, torch.bfloat16)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    optimizers = []
+    for own in (params, twins):
+        torch.manual_seed(1)
+        optimizers.append(make("AdamW8bit", own, stochastic_rounding=True))
+    give_gradients(params, twins)
+    for optimizer in optimizers:
+        optimizer.step()
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizers[0].step()
+    for _ in range(3):
+        graph.replay()
+        optimizers[1].step()
+
+    assert all(map(torch.equal, params, twins))
 
 
 @pytest.mark.parametrize("bits", [8, 32])

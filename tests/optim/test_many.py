@@ -10,17 +10,12 @@ from torch import nn
 
 import many_in_torch
 from bitsandbytes import optim
-from optim_cases import make
+from optim_cases import make, one_by_one, parameters
 
 
 @pytest.fixture
 def launches(monkeypatch) -> list[int]:
     return many_in_torch.install(monkeypatch.setattr)
-
-
-def parameters(dtype=torch.float32, count=12):
-    sizes = [0, 1, 255, 256, 257, 4095, 4096, 4097, 5000]
-    return [nn.Parameter((torch.randn(sizes[i % len(sizes)]) * 0.1).to(dtype)) for i in range(count)]
 
 
 def pair_of(name, params, **settings):
@@ -29,10 +24,7 @@ def pair_of(name, params, **settings):
     together = make(name, params, **settings)
     torch.manual_seed(0)
     twins = copy.deepcopy(params)
-    apart = make(name, twins, **settings)
-    update = apart.update_step
-    apart.update_step = lambda *args: update(*args)
-    return together, apart, twins
+    return together, one_by_one(name, twins, **settings), twins
 
 
 def step(optimizers, params, twins, dtype=None):
@@ -47,7 +39,7 @@ def step(optimizers, params, twins, dtype=None):
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("family", ["AdamW", "AdEMAMix", "LAMB", "LARS", "SGD", "Lion"])
 def test_together_is_one_by_one(launches, family, bits, dtype):
-    params = parameters(dtype)
+    params = parameters(12, dtype, device="cpu")
     together, apart, twins = pair_of(f"{family}{bits}bit", params)
 
     for _ in range(3):
@@ -65,7 +57,7 @@ def test_together_is_one_by_one(launches, family, bits, dtype):
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW32bit", "Lion8bit", "SGD32bit"])
 def test_dice_are_those_of_single_steps(launches, name):
-    params = parameters(torch.bfloat16) + [nn.Parameter(torch.ones(300))]
+    params = [*parameters(12, torch.bfloat16, device="cpu"), nn.Parameter(torch.ones(300))]
     groups = [{"params": params[:5], "lr": 1e-2}, {"params": params[5:], "lr": 1e-3}]
     together, apart, twins = pair_of(name, params, stochastic_rounding=True)
     for optimizer, own in ((together, params), (apart, twins)):
@@ -83,7 +75,7 @@ def test_dice_are_those_of_single_steps(launches, name):
 
 
 def test_rounding_may_be_switched_on_and_off(launches):
-    params = parameters(torch.bfloat16)
+    params = parameters(12, torch.bfloat16, device="cpu")
     together, apart, twins = pair_of("AdamW32bit", params, stochastic_rounding=True)
     seed = together.param_groups[0]["rounding_seed"]
 
@@ -99,7 +91,7 @@ def test_rounding_may_be_switched_on_and_off(launches):
 def test_16bit_parameters_take_float32_gradients(launches, bits):
     if not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("this torch ties the gradient's dtype to the parameter's")
-    params = parameters(torch.bfloat16)
+    params = parameters(12, torch.bfloat16, device="cpu")
     together, apart, twins = pair_of(f"AdamW{bits}bit", params)
     for p in params + twins:
         p.grad_dtype = torch.float32
@@ -112,7 +104,7 @@ def test_16bit_parameters_take_float32_gradients(launches, bits):
 
 
 def test_moved_parameters_and_replaced_state_are_noticed(launches):
-    params = parameters()
+    params = parameters(12, device="cpu")
     together, apart, twins = pair_of("AdamW8bit", params)
     for turn in range(5):
         step((together, apart), params, twins)
@@ -130,7 +122,7 @@ def test_moved_parameters_and_replaced_state_are_noticed(launches):
 
 
 def test_clipped_gradients_step_one_by_one(launches):
-    params = parameters()
+    params = parameters(12, device="cpu")
     optimizer = optim.AdamW8bit(params, percentile_clipping=5)
     for p in params:
         p.grad = torch.ones_like(p)
