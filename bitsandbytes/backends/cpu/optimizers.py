@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from ..._formats.rules import RULES, StepScalars, step_scalars
-from ..._native import ABI, DTYPE_ID, RULE_ID, lib, ptr, threads
+from ..._native import DTYPE_ID, RULE_ID, has_native, lib, ptr, threads
 from ..._ops import (
+    Operator,
     optimizer_update_4bit_blockwise,
     optimizer_update_8bit_blockwise,
     optimizer_update_32bit,
     round_to_bfloat16,
 )
+from ..default.optimizer_update import update_kernel
 from ..default.optimizers import plain_memory
 from .registration import native_kernel as _native_kernel
 
 __all__: list[str] = []
 
 
-def _config(scalars: StepScalars, limit: float = 0.0) -> bytes:
-    """``bnb_optimizer_config``; a pointer argument takes bytes."""
-    return bytes(ABI.structs["bnb_optimizer_config"](limit=limit, **scalars._asdict()))  # type: ignore[union-attr]
+def _native_update(operator: Operator, symbol: str) -> Callable[[Callable], Callable]:
+    """Register the update for the CPU if the library has its symbol."""
+    return update_kernel(operator, "cpu") if has_native(symbol) else lambda fill: fill
 
 
 @_native_kernel(round_to_bfloat16, "bnb_cpu_round_to_bfloat16")
@@ -29,38 +32,12 @@ def _(A, key, offset, out):
     lib.bnb_cpu_round_to_bfloat16(ptr(A), ptr(out), A.numel(), key, offset, threads())
 
 
-@_native_kernel(optimizer_update_32bit, "bnb_cpu_optimizer_update_32bit")
-def _(
-    optimizer_name,
-    g,
-    p,
-    state1,
-    state2,
-    unorm_vec,
-    max_unorm,
-    param_norm,
-    beta1,
-    beta2,
-    beta3,
-    alpha,
-    eps,
-    weight_decay,
-    step,
-    lr,
-    gnorm_scale,
-    skip_zeros,
-):
-    rule, g, unorm = RULES[optimizer_name], g.contiguous(), None
-    scalars = step_scalars(
-        optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros
-    )
-    if max_unorm > 0.0:
-        unorm = torch.empty(1) if unorm_vec is None else unorm_vec
-    with plain_memory(p.device, p, state1, state2 if rule.states == 2 else None, unorm) as (
-        p,
-        *states,
-        unorm,
-    ):
+@_native_update(optimizer_update_32bit, "bnb_cpu_optimizer_update_32bit")
+def _(update):
+    g, unorm, device = update.g.contiguous(), None, update.p.device
+    if update.limit is not None:
+        unorm = torch.empty(1) if update.unorm_vec is None else update.unorm_vec
+    with plain_memory(device, update.p, update.state1, update.state2, unorm) as (p, *states, unorm):
         lib.bnb_cpu_optimizer_update_32bit(
             ptr(g),
             DTYPE_ID[g.dtype],
@@ -69,43 +46,28 @@ def _(
             *map(ptr, states),
             ptr(unorm),
             p.numel(),
-            RULE_ID[rule.name],
-            _config(scalars, max_unorm * param_norm),
+            RULE_ID[update.rule.name],
+            update.config(),
             threads(),
         )
 
 
-@_native_kernel(optimizer_update_4bit_blockwise, "bnb_cpu_optimizer_update_4bit_blockwise")
-def _(
-    optimizer_name,
-    g,
-    p,
-    state1,
-    state2,
-    beta1,
-    beta2,
-    beta3,
-    alpha,
-    eps,
-    step,
-    lr,
-    qmap1,
-    qmap2,
-    absmax1,
-    absmax2,
-    weight_decay,
-    gnorm_scale,
-    key,
-):
-    rule = RULES[optimizer_name]
-    if rule.states == 1:
-        state2 = qmap2 = absmax2 = None
-    g, maps = g.contiguous(), [None if qmap is None else qmap.contiguous() for qmap in (qmap1, qmap2)]
-    scalars = step_scalars(
-        optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale
-    )
-    with plain_memory(p.device, p, state1, state2, absmax1, absmax2) as (p, *states):
-        lib.bnb_cpu_optimizer_update_4bit_blockwise(
+@_native_update(optimizer_update_4bit_blockwise, "bnb_cpu_optimizer_update_4bit_blockwise")
+def _(update):
+    _update_coded(lib.bnb_cpu_optimizer_update_4bit_blockwise, update, update.key)
+
+
+@_native_update(optimizer_update_8bit_blockwise, "bnb_cpu_optimizer_update_8bit_blockwise")
+def _(update):
+    _update_coded(lib.bnb_cpu_optimizer_update_8bit_blockwise, update)
+
+
+def _update_coded(kernel, update, *key):
+    g, maps = update.g.contiguous(), update.maps()
+    tensors = (update.p, update.state1, update.state2, update.absmax1, update.absmax2)
+    memory = plain_memory(update.p.device, *tensors)
+    with memory as (p, *states):
+        kernel(
             ptr(g),
             DTYPE_ID[g.dtype],
             *map(ptr, maps),
@@ -113,52 +75,8 @@ def _(
             DTYPE_ID[p.dtype],
             *map(ptr, states),
             p.numel(),
-            RULE_ID[rule.name],
-            _config(scalars),
-            key,
-            threads(),
-        )
-
-
-@_native_kernel(optimizer_update_8bit_blockwise, "bnb_cpu_optimizer_update_8bit_blockwise")
-def _(
-    optimizer_name,
-    g,
-    p,
-    state1,
-    state2,
-    beta1,
-    beta2,
-    beta3,
-    alpha,
-    eps,
-    step,
-    lr,
-    qmap1,
-    qmap2,
-    absmax1,
-    absmax2,
-    weight_decay,
-    gnorm_scale,
-    skip_zeros,
-):
-    rule = RULES[optimizer_name]
-    if rule.states == 1:
-        state2 = qmap2 = absmax2 = None
-    g, maps = g.contiguous(), [None if qmap is None else qmap.contiguous() for qmap in (qmap1, qmap2)]
-    scalars = step_scalars(
-        optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros
-    )
-    with plain_memory(p.device, p, state1, state2, absmax1, absmax2) as (p, *states):
-        lib.bnb_cpu_optimizer_update_8bit_blockwise(
-            ptr(g),
-            DTYPE_ID[g.dtype],
-            *map(ptr, maps),
-            ptr(p),
-            DTYPE_ID[p.dtype],
-            *map(ptr, states),
-            p.numel(),
-            RULE_ID[rule.name],
-            _config(scalars),
+            RULE_ID[update.rule.name],
+            update.config(),
+            *key,
             threads(),
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._formats.rules import RULES, StepScalars, step_scalars
+from ..._formats.rules import RULES
 from ..._native import ABI, DTYPE_ID, RULE_ID, device_of, has_native, lib, ptr, stream_of
 from ..._ops import (
     Operator,
@@ -20,19 +20,15 @@ from ..._ops import (
     optimizer_update_32bit,
     optimizer_update_many,
 )
+from ..default.optimizer_update import update_kernel
 from ..default.optimizers import plain_memory
 
 __all__: list[str] = []
 
 
-def _native_kernel(operator: Operator, symbol: str) -> Callable[[Callable], Callable]:
-    """Register the filling for CUDA if the library has its symbol."""
-    return operator.kernel("cuda") if has_native(symbol) else lambda fill: fill
-
-
-def _config(scalars: StepScalars, limit: float = 0.0) -> bytes:
-    """``bnb_optimizer_config``; a pointer argument takes bytes."""
-    return bytes(ABI.structs["bnb_optimizer_config"](limit=limit, **scalars._asdict()))  # type: ignore[union-attr]
+def _native_update(operator: Operator, symbol: str) -> Callable[[Callable], Callable]:
+    """Register the update for CUDA if the library has its symbol."""
+    return update_kernel(operator, "cuda") if has_native(symbol) else lambda fill: fill
 
 
 def _scratch(count: int, device: torch.device) -> Tensor:
@@ -56,99 +52,52 @@ class _Reachable:
         self._memory.__exit__(*error)  # type: ignore[arg-type]
 
 
-@_native_kernel(optimizer_update_32bit, "bnb_cuda_optimizer_update_32bit")
-def _(
-    optimizer_name,
-    g,
-    p,
-    state1,
-    state2,
-    unorm_vec,
-    max_unorm,
-    param_norm,
-    beta1,
-    beta2,
-    beta3,
-    alpha,
-    eps,
-    weight_decay,
-    step,
-    lr,
-    gnorm_scale,
-    skip_zeros,
-):
-    rule, g, device = RULES[optimizer_name], g.contiguous(), p.device
-    scalars = step_scalars(
-        optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros
-    )
-    unorm = scratch = None
-    if max_unorm > 0.0:
-        unorm = torch.empty(1, device=device) if unorm_vec is None else unorm_vec
+@_native_update(optimizer_update_32bit, "bnb_cuda_optimizer_update_32bit")
+def _(update):
+    g, device, unorm, scratch = update.g.contiguous(), update.p.device, None, None
+    if update.limit is not None:
+        unorm = torch.empty(1, device=device) if update.unorm_vec is None else update.unorm_vec
         scratch = _scratch(1, device)
-    memory = _Reachable(device, p, state1, state2 if rule.states == 2 else None, unorm)
-    with device_of(p), memory as (p, *states, unorm):
+    memory = _Reachable(device, update.p, update.state1, update.state2, unorm)
+    with device_of(update.p), memory as (p, *states, unorm):
         lib.bnb_cuda_optimizer_update_32bit(
             ptr(g),
             DTYPE_ID[g.dtype],
             ptr(p),
-            DTYPE_ID[p.dtype],
+            DTYPE_ID[update.p.dtype],
             *map(ptr, states),
             ptr(unorm),
             ptr(scratch),
-            p.numel(),
-            RULE_ID[rule.name],
-            _config(scalars, max_unorm * param_norm),
-            stream_of(p),
+            update.p.numel(),
+            RULE_ID[update.rule.name],
+            update.config(),
+            stream_of(update.p),
         )
 
 
-@_native_kernel(optimizer_update_8bit_blockwise, "bnb_cuda_optimizer_update_8bit_blockwise")
-def _(
-    optimizer_name,
-    g,
-    p,
-    state1,
-    state2,
-    beta1,
-    beta2,
-    beta3,
-    alpha,
-    eps,
-    step,
-    lr,
-    qmap1,
-    qmap2,
-    absmax1,
-    absmax2,
-    weight_decay,
-    gnorm_scale,
-    skip_zeros,
-):
-    rule = RULES[optimizer_name]
-    if rule.states == 1:
-        state2 = qmap2 = absmax2 = None
-    g, maps = g.contiguous(), [None if qmap is None else qmap.contiguous() for qmap in (qmap1, qmap2)]
-    scalars = step_scalars(
-        optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros
-    )
-    memory = _Reachable(p.device, p, state1, state2, absmax1, absmax2)
-    with device_of(p), memory as (p, *states):
+@_native_update(optimizer_update_8bit_blockwise, "bnb_cuda_optimizer_update_8bit_blockwise")
+def _(update):
+    g, maps = update.g.contiguous(), update.maps()
+    tensors = (update.p, update.state1, update.state2, update.absmax1, update.absmax2)
+    memory = _Reachable(update.p.device, *tensors)
+    with device_of(update.p), memory as (p, *states):
         lib.bnb_cuda_optimizer_update_8bit_blockwise(
             ptr(g),
             DTYPE_ID[g.dtype],
             *map(ptr, maps),
             ptr(p),
-            DTYPE_ID[p.dtype],
+            DTYPE_ID[update.p.dtype],
             *map(ptr, states),
-            p.numel(),
-            RULE_ID[rule.name],
-            _config(scalars),
-            stream_of(p),
+            update.p.numel(),
+            RULE_ID[update.rule.name],
+            update.config(),
+            stream_of(update.p),
         )
 
 
-@_native_kernel(optimizer_update_many, "bnb_cuda_optimizer_update_many")
-def _(optimizer_name, g, p, table, configs, scratch, qmap1, qmap2, counts, settings, lr, seeds, blocks):
+def _update_many(
+    optimizer_name, g, p, table, configs, scratch, qmap1, qmap2, counts, settings, lr, seeds, blocks
+):
     if not g:
         return
     rule, stream = RULE_ID[RULES[optimizer_name].name], stream_of(table)
@@ -187,3 +136,7 @@ def _(optimizer_name, g, p, table, configs, scratch, qmap1, qmap2, counts, setti
             rule,
             stream,
         )
+
+
+if has_native("bnb_cuda_optimizer_update_many"):
+    optimizer_update_many.kernel("cuda")(_update_many)

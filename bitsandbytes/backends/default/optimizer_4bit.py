@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..._formats.codebooks import midpoints
-from ..._formats.rules import RULES, step_scalars
 from ..._formats.table import OPTIMIZER_4BIT_BLOCKSIZE
 from ..._ops import optimizer_update_4bit_blockwise
+from .optimizer_update import update_kernel
 from .optimizers import UPDATES, gradient_of, moved, plain_memory
 from .rounding import random_bits
 
@@ -43,49 +43,24 @@ def _encode(values: Tensor, qmap: Tensor, dice: Tensor | None, packed: Tensor, a
     packed.copy_(codes[:, 0] << 4 | codes[:, 1])
 
 
-@optimizer_update_4bit_blockwise.kernel("default")
-def _(
-    optimizer_name,
-    g,
-    p,
-    state1,
-    state2,
-    beta1,
-    beta2,
-    beta3,
-    alpha,
-    eps,
-    step,
-    lr,
-    qmap1,
-    qmap2,
-    absmax1,
-    absmax2,
-    weight_decay,
-    gnorm_scale,
-    key,
-):
-    h = step_scalars(optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale)
-    rule, n, size = RULES[optimizer_name], p.numel(), OPTIMIZER_4BIT_BLOCKSIZE
-    with plain_memory(p.device, p, state1, state2, absmax1, absmax2) as (
-        parameter,
-        first,
-        second,
-        scale1,
-        scale2,
-    ):
-        parameter, gradient = parameter.view(-1), g.reshape(-1)
+@update_kernel(optimizer_update_4bit_blockwise, "default")
+def _(update):
+    h, p, qmap1, qmap2 = update.scalars, update.p, update.qmap1, update.qmap2
+    advance, n, size = UPDATES[update.rule.name], p.numel(), OPTIMIZER_4BIT_BLOCKSIZE
+    memory = plain_memory(p.device, p, update.state1, update.state2, update.absmax1, update.absmax2)
+    with memory as (parameter, first, second, scale1, scale2):
+        parameter, gradient = parameter.view(-1), update.g.reshape(-1)
         for start in range(0, n, _CHUNK):
             span = slice(start, min(start + _CHUNK, n))
             byte, block = slice(start // 2, (span.stop + 1) // 2), slice(start // size, -(span.stop // -size))
             p_old, count = parameter[span].float(), span.stop - start
             m = _decode(first[byte], qmap1, scale1[block], count)
             v = None if second is None else _decode(second[byte], qmap2, scale2[block], count)
-            direction, m, v = UPDATES[rule.name](gradient_of(gradient[span].float(), p_old, h), m, v, h)
+            direction, m, v = advance(gradient_of(gradient[span].float(), p_old, h), m, v, h)
             good = m.isfinite() if v is None else m.isfinite() & v.isfinite()
             p_new = torch.where(good, moved(p_old, direction, h.step_size, h), p_old)
             _encode(torch.where(good, m, 0.0), qmap1, None, first[byte], scale1[block])
             if v is not None:
-                dice = random_bits(key, torch.arange(start, span.stop, device=p.device)) & 0xFFFF
+                dice = random_bits(update.key, torch.arange(start, span.stop, device=p.device)) & 0xFFFF
                 _encode(torch.where(good, v, 0.0), qmap2, dice, second[byte], scale2[block])
             parameter[span] = p_new

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..._formats.codebooks import midpoints
-from ..._formats.rules import RULES, StepScalars, step_scalars
+from ..._formats.rules import StepScalars
 from ..._formats.table import OPTIMIZER_BLOCKSIZE
 from ..._ops import optimizer_update_8bit_blockwise, optimizer_update_32bit
+from .optimizer_update import update_kernel
 
 __all__ = ["UPDATES", "gradient_of", "moved", "plain_memory"]
 
@@ -118,47 +119,24 @@ def _limited_step(direction: Tensor, unorm_vec: _State, limit: float, h: StepSca
 # --- 32-bit state ----------------------------------------------------------------------------------------------
 
 
-@optimizer_update_32bit.kernel("default")
-def _(
-    optimizer_name,
-    g,
-    p,
-    state1,
-    state2,
-    unorm_vec,
-    max_unorm,
-    param_norm,
-    beta1,
-    beta2,
-    beta3,
-    alpha,
-    eps,
-    weight_decay,
-    step,
-    lr,
-    gnorm_scale,
-    skip_zeros,
-):
-    h = step_scalars(
-        optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros
-    )
-    rule = RULES[optimizer_name]
-    state2 = state2 if rule.states == 2 else None
-    update, n = UPDATES[rule.name], p.numel()
-    chunk = max(n, 1) if max_unorm > 0.0 else _CHUNK  # the norm is that of the whole update
-    with plain_memory(p.device, p, state1, state2) as (parameter, first, second):
-        parameter, gradient, m = parameter.view(-1), g.reshape(-1), first.view(rule.averages, n)
+@update_kernel(optimizer_update_32bit, "default")
+def _(update):
+    rule, h, p = update.rule, update.scalars, update.p
+    advance, n, limited = UPDATES[rule.name], p.numel(), update.limit is not None
+    chunk = max(n, 1) if limited else _CHUNK  # the norm is that of the whole update
+    with plain_memory(p.device, p, update.state1, update.state2) as (parameter, first, second):
+        parameter, gradient, m = parameter.view(-1), update.g.reshape(-1), first.view(rule.averages, n)
         for start in range(0, n, chunk):
             span = slice(start, start + chunk)
             p_old, g_raw = parameter[span].float(), gradient[span].float()
             m_old = m[:, span] if rule.averages > 1 else m[0, span]
             v_old = None if second is None else second.view(-1)[span]
-            direction, m_new, v_new = update(gradient_of(g_raw, p_old, h), m_old, v_old, h)
+            direction, m_new, v_new = advance(gradient_of(g_raw, p_old, h), m_old, v_old, h)
             step_size: float | Tensor = h.step_size
-            if max_unorm > 0.0:
-                step_size = _limited_step(direction, unorm_vec, max_unorm * param_norm, h)
+            if limited:
+                step_size = _limited_step(direction, update.unorm_vec, update.limit, h)
             p_new = moved(p_old, direction, step_size, h)
-            if skip_zeros:
+            if h.skip_zeros:
                 keep = g_raw == 0
                 p_new, m_new = torch.where(keep, p_old, p_new), torch.where(keep, m_old, m_new)
                 v_new = None if v_old is None or v_new is None else torch.where(keep, v_old, v_new)
@@ -190,42 +168,13 @@ def _encode(values: Tensor, qmap: Tensor, keep_sign: bool, codes: Tensor, absmax
     codes.copy_(nearest.clamp_(0, 255))
 
 
-@optimizer_update_8bit_blockwise.kernel("default")
-def _(
-    optimizer_name,
-    g,
-    p,
-    state1,
-    state2,
-    beta1,
-    beta2,
-    beta3,
-    alpha,
-    eps,
-    step,
-    lr,
-    qmap1,
-    qmap2,
-    absmax1,
-    absmax2,
-    weight_decay,
-    gnorm_scale,
-    skip_zeros,
-):
-    h = step_scalars(
-        optimizer_name, beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros
-    )
-    rule = RULES[optimizer_name]
-    state2 = state2 if rule.states == 2 else None
-    update, n, blocks = UPDATES[rule.name], p.numel(), -(p.numel() // -OPTIMIZER_BLOCKSIZE)
-    with plain_memory(p.device, p, state1, state2, absmax1, absmax2) as (
-        parameter,
-        first,
-        second,
-        scale1,
-        scale2,
-    ):
-        parameter, gradient = parameter.view(-1), g.reshape(-1)
+@update_kernel(optimizer_update_8bit_blockwise, "default")
+def _(update):
+    rule, h, p, qmap1, qmap2 = update.rule, update.scalars, update.p, update.qmap1, update.qmap2
+    advance, n, blocks = UPDATES[rule.name], p.numel(), -(p.numel() // -OPTIMIZER_BLOCKSIZE)
+    memory = plain_memory(p.device, p, update.state1, update.state2, update.absmax1, update.absmax2)
+    with memory as (parameter, first, second, scale1, scale2):
+        parameter, gradient = parameter.view(-1), update.g.reshape(-1)
         first, scale1 = first.view(rule.averages, n), scale1.view(rule.averages, blocks)
         for start in range(0, n, _CHUNK):
             span = slice(start, start + _CHUNK)
@@ -235,9 +184,9 @@ def _(
             m_old = torch.stack(averages) if rule.averages > 1 else averages[0]
             v_old = None if second is None else _decode(second.view(-1)[span], qmap2, scale2.view(-1)[block])
 
-            direction, m_new, v_new = update(gradient_of(g_raw, p_old, h), m_old, v_old, h)
+            direction, m_new, v_new = advance(gradient_of(g_raw, p_old, h), m_old, v_old, h)
             p_new = moved(p_old, direction, h.step_size, h)
-            if skip_zeros:
+            if h.skip_zeros:
                 keep = g_raw == 0
                 p_new, m_new = torch.where(keep, p_old, p_new), torch.where(keep, m_old, m_new)
                 v_new = None if v_old is None or v_new is None else torch.where(keep, v_old, v_new)
