@@ -450,19 +450,7 @@ def optimizer_update_8bit_blockwise(
 
 
 def _check_update_many(
-    optimizer_name,
-    g,
-    p,
-    table: Tensor,
-    configs: Tensor,
-    scratch,
-    qmap1,
-    qmap2,
-    counts,
-    settings,
-    lr,
-    seeds,
-    blocks,
+    optimizer_name, g, p, table: Tensor, configs, scratch, qmap1, qmap2, counts, settings, lr, seeds, blocks
 ):
     """One step on many tensors of one kind, in place; ``table`` stands for their state: see ``StepTable``."""
     if optimizer_name not in RULES:
