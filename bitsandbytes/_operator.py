@@ -29,9 +29,8 @@ _DISPATCH_KEYS = {"default": "CompositeExplicitAutograd"}
 
 OPERATORS: dict[str, Operator] = {}
 
-# What may be among the arguments of a direct call. Other subclasses of Tensor may want to see the operator themselves.
+# What a direct call may be given. Other subclasses of Tensor may want to see the operator themselves.
 _PLAIN_TENSORS: set[type] = {Tensor, torch.nn.Parameter}
-_PLAIN_VALUES = {type(None), bool, int, float, str, list, tuple, torch.Size, torch.dtype}
 
 # "<namespace>/<operator>/<key>" of the kernels that torch.library registered: a third party's, not ours.
 _FOREIGN_KERNELS: set[str] | None = getattr(torch.library, "_impls", None)
@@ -60,22 +59,26 @@ def plain_parameter(cls: type) -> type:
     return cls
 
 
-def _unobserved(args: tuple) -> bool:
-    """Whether a kernel may be called past torch's dispatcher: no gradient, no subclass, nobody watching."""
+def _unobserved() -> bool:
+    """Whether nobody would see that a call did not go through torch's dispatcher."""
     if _OBSERVERS is None:
         return False
     for question in _OBSERVERS:
         if question():
             return False
-    grad = torch.is_grad_enabled()
-    for value in args:
+    return True
+
+
+def _plain(values: Sequence[Any], grad: bool) -> bool:
+    """Whether tensors, or lists of them, are what a kernel reads as it is; with ``grad`` none may require it."""
+    for value in values:
+        if value is None:
+            continue
         kind = type(value)
         if kind in _PLAIN_TENSORS:
-            if (
-                grad and value.requires_grad
-            ) or value.is_neg():  # the dispatcher negates what is lazily negative
+            if (grad and value.requires_grad) or value.is_neg():  # the dispatcher negates what is lazily negative
                 return False
-        elif kind not in _PLAIN_VALUES:
+        elif not (kind is list or kind is tuple) or not _plain(value, grad):
             return False
     return True
 
@@ -112,12 +115,15 @@ class Operator:
         self._arity = len(parameters)
         self._defaults = tuple(p.default for p in parameters)
         self._position_of_tensor = next(i for i, p in enumerate(parameters) if p.annotation == "Tensor")
+        arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")]
+        self._tensor_positions = [
+            i for i, text in enumerate(arguments.split(", ")) if text.startswith("Tensor")
+        ]
         self._has_out = out
 
         _LIBRARY.define(schema)
         register_fake(f"bitsandbytes::{self.name}", fake or self._fake, lib=_LIBRARY)
         if out:
-            arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")]
             _LIBRARY.define(f"{self.name}.out({arguments}, Tensor! out) -> ()")
             register_fake(f"bitsandbytes::{self.name}.out", self._fake_out, lib=_LIBRARY)
         self._packet = getattr(torch.ops.bitsandbytes, self.name)
@@ -136,7 +142,7 @@ class Operator:
 
     def _direct_kernel(self, args: tuple) -> Callable | None:
         """The kernel that the dispatcher would find; None where it has to be asked."""
-        if not _unobserved(args):
+        if not _unobserved() or not _plain(self._tensors(args), torch.is_grad_enabled()):
             return None
         device = args[self._position_of_tensor].device.type
         if device not in self._direct:
@@ -144,13 +150,19 @@ class Operator:
         kernel, names = self._direct[device]
         return kernel if names.isdisjoint(_FOREIGN_KERNELS) else None  # type: ignore[arg-type]
 
+    def _tensors(self, args: tuple) -> list[Any]:
+        count = len(args)
+        return [args[i] for i in self._tensor_positions if i < count]
+
     def _find_kernel(self, device: str) -> tuple[Callable | None, frozenset[str]]:
         """Our kernel for a device type, and the names under which a third party would have replaced it."""
         own = self.kernels.get(device)
         fill = self.kernels.get("default") if own is None else own
         keys = (device.upper(), _DISPATCH_KEYS["default"]) if own is None else (device.upper(),)
         names = frozenset(f"bitsandbytes/{self.name}/{key}" for key in keys)
-        return None if fill is None or device == "meta" else self._eager(fill), names
+        if fill is None or device == "meta":
+            return None, names
+        return self._eager(fill, self._allocate_beside), names
 
     def kernel(self, device: str) -> Callable[[Callable], Callable]:
         """Register the filling for a device type; ``"default"`` serves every device that has none of its own."""
@@ -181,6 +193,16 @@ class Operator:
             return torch.empty(results.shape, dtype=results.dtype, device=device)
         return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in results)
 
+    def _allocate_beside(self, args: tuple, results: Any) -> Any:
+        """As :meth:`_allocate` for a plain first tensor; ``new_empty`` of a subclass might be of that subclass."""
+        first = args[self._position_of_tensor]
+        if isinstance(results, Result):
+            shape, dtype = results
+            return first.new_empty(shape) if dtype == first.dtype else first.new_empty(shape, dtype=dtype)
+        if results is None:
+            return None
+        return tuple(first.new_empty(shape, dtype=dtype) for shape, dtype in results)
+
     def _fake(self, *args: Any) -> Any:
         args = self._complete(args)
         return self._allocate(args, self.check(*args))
@@ -190,8 +212,8 @@ class Operator:
         inputs = self._complete(tuple(given))
         self._check_out(out, self.check(*inputs), inputs)
 
-    def _eager(self, fill: Callable) -> Callable:
-        check, complete, allocate = self.check, self._complete, self._allocate
+    def _eager(self, fill: Callable, allocate: Callable | None = None) -> Callable:
+        check, complete, allocate = self.check, self._complete, allocate or self._allocate
 
         if self._returns:
 

@@ -91,7 +91,11 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]`` in x's dtype; gradients reach x and the bias."""
-        quant_state = quant_state_of(self)
+        weight = self.weight
+        quant_state = getattr(weight, "quant_state", None)
+        if quant_state is None:
+            quant_state = quant_state_of(self)
+            weight = self.weight  # which that may have replaced
         if not x.is_floating_point():
             raise ArgumentError(f"x must be a floating-point tensor, got {x.dtype}")
         if not self.compute_type_is_set:
@@ -100,8 +104,8 @@ class Linear4bit(nn.Linear):
         dtype, compute_dtype = x.dtype, self.compute_dtype
         bias = bias_as(self, dtype if compute_dtype is None else compute_dtype)
         if compute_dtype is None or compute_dtype == dtype:
-            return matmul_4bit(x, self.weight, quant_state, bias=bias)
-        return matmul_4bit(x.to(compute_dtype), self.weight, quant_state, bias=bias).to(dtype)
+            return matmul_4bit(x, weight, quant_state, bias=bias)
+        return matmul_4bit(x.to(compute_dtype), weight, quant_state, bias=bias).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         forget_given_bias(self)

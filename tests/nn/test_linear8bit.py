@@ -192,13 +192,44 @@ def test_meta_and_back():
     assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_saving_is_the_same_before_and_after_a_forward(device, dtype):
-    layer = golden_layer(device)
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saving_is_the_same_before_and_after_a_forward(device, dtype, threshold):
+    layer = golden_layer(device, threshold=threshold)
     before = copy.deepcopy(layer.state_dict())
-    for training in (True, False):
-        layer.train(training)(torch.randn(3, 64, device=device, dtype=dtype))
-        same_state(layer.state_dict(), before)
+    for training in (True, False, True):
+        for needs_grad in (True, False):
+            x = torch.randn(3, 64, device=device, dtype=dtype, requires_grad=needs_grad)
+            product = layer.train(training)(x)
+            if needs_grad:
+                product.sum().backward()
+            with torch.inference_mode():
+                layer(x)
+            same_state(layer.state_dict(), before)
+
+
+def test_a_call_without_gradients_gives_the_values_of_one_with(device):
+    for threshold in (0.0, 2.0):
+        layer = golden_layer(device, threshold=threshold).eval()
+        for shape in ((64,), (5, 64), (2, 3, 64), (0, 64)):
+            x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+            expected = layer(x.clone().requires_grad_())
+            with torch.no_grad():
+                actual = layer(x)
+            assert actual.shape == (*shape[:-1], 24) and not actual.requires_grad
+            assert_same_bytes(actual, expected.detach())
+
+
+def test_the_int8_weight_is_neither_copied_nor_quantized_again(device):
+    layer = golden_layer(device).eval()
+    x = torch.randn(3, 64, device=device).half()
+    layer(x)
+    weight, codes = layer.weight, layer.state.CB
+    where = codes.data_ptr()
+    for _ in range(3):
+        layer(x)
+    assert layer.weight is weight and layer.state.CB is codes
+    assert weight.data_ptr() == codes.data_ptr() == where
 
 
 @pytest.mark.parametrize("used", [False, True])
