@@ -63,10 +63,8 @@ def _unobserved() -> bool:
     """Whether nobody would see that a call did not go through torch's dispatcher."""
     if _OBSERVERS is None:
         return False
-    for question in _OBSERVERS:
-        if question():
-            return False
-    return True
+    modes, functions, tracing, transforms, profiling = _OBSERVERS
+    return not (modes() or functions() or tracing() or transforms() or profiling())
 
 
 def _plain(values: Sequence[Any], grad: bool) -> bool:
@@ -76,7 +74,9 @@ def _plain(values: Sequence[Any], grad: bool) -> bool:
             continue
         kind = type(value)
         if kind in _PLAIN_TENSORS:
-            if (grad and value.requires_grad) or value.is_neg():  # the dispatcher negates what is lazily negative
+            if (
+                grad and value.requires_grad
+            ) or value.is_neg():  # the dispatcher negates what is lazily negative
                 return False
         elif not (kind is list or kind is tuple) or not _plain(value, grad):
             return False
