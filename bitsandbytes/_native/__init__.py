@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from .library import BNBNativeLibrary
 from .loader import load
-from .tensors import device_of, dtype_ids, get_ptr, is_on_gpu, named_ids, ptr, stream_of, sync_gpu, threads
+from .tensors import (
+    device_of,
+    dtype_ids,
+    get_ptr,
+    has_room_for_maps,
+    is_on_gpu,
+    named_ids,
+    ptr,
+    stream_of,
+    sync_gpu,
+    threads,
+)
 
 __all__ = [
     "ABI",
@@ -19,6 +30,7 @@ __all__ = [
     "get_ptr",
     "has_avx512bf16",
     "has_native",
+    "has_room_for_maps",
     "is_on_gpu",
     "lib",
     "ptr",

@@ -16,6 +16,7 @@ __all__ = [
     "device_of",
     "dtype_ids",
     "get_ptr",
+    "has_room_for_maps",
     "is_on_gpu",
     "named_ids",
     "ptr",
@@ -80,6 +81,14 @@ def device_of(tensor: Tensor) -> AbstractContextManager:
 def _cuda_device_of(tensor: Tensor) -> AbstractContextManager:
     """Select the tensor's device; a null context where there is at most one CUDA device."""
     return device_of(tensor) if torch.cuda.device_count() > 1 else nullcontext()
+
+
+def has_room_for_maps(device: torch.device, maps: int) -> bool:
+    """Whether the kernels' look-up tables of so many maps, of 32 KiB each and as much again, fit a GPU's shared memory.
+
+    Two take 96 KiB, which GPUs have from compute capability 8.0 on; one fits all.
+    """
+    return device.type != "cuda" or maps < 2 or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .._formats.table import FLOAT_DTYPES
+from .._native import has_room_for_maps
 from .._ops import optimizer_update_many
 from .._quant.optimizer_table import Hyper, StepTable, step_counters
 from ._rules import scheduled
@@ -297,6 +298,8 @@ def _fits_a_table(p: Tensor, state: dict[str, Any], config: dict[str, Any]) -> b
         return False
     assert grad is not None
     if is_dtensor(p) and not _laid_out_alike(p, grad):
+        return False
+    if not has_room_for_maps(p.device, sum(key in state for key in ("qmap1", "qmap2"))):
         return False
     part, part_grad = local_of(p), local_of(grad)
     tensors = [t for t in (first, state.get("state2")) if t is not None]

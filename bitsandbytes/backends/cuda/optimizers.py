@@ -6,14 +6,17 @@ strided one, is copied to the device and back.
 
 from __future__ import annotations
 
+import warnings
 from array import array
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._formats.rules import RULES
-from ..._native import ABI, DTYPE_ID, RULE_ID, device_of, has_native, lib, ptr, stream_of
+from ..._native import ABI, DTYPE_ID, RULE_ID, device_of, has_native, has_room_for_maps, lib, ptr, stream_of
 from ..._ops import (
     Operator,
     optimizer_update_8bit_blockwise,
@@ -93,6 +96,34 @@ def _(update):
             update.config(),
             stream_of(update.p),
         )
+
+
+def _where_maps_fit(native: Callable[..., None]) -> Callable[..., None]:
+    """``native``, or plain torch with one warning on GPUs whose shared memory two maps' tables do not fit."""
+
+    def update(*args: Any) -> None:
+        p, qmap2 = args[2], args[13]
+        if has_room_for_maps(p.device, 1 if qmap2 is None else 2):
+            native(*args)
+        else:
+            _warn_of_small_memory(torch.cuda.get_device_capability(p.device))
+            optimizer_update_8bit_blockwise.kernels["default"](*args)
+
+    return update
+
+
+@lru_cache
+def _warn_of_small_memory(capability: tuple[int, int]) -> None:
+    warnings.warn(
+        f"8-bit optimizers with two states are slow on GPUs of compute capability {capability[0]}.{capability[1]}: "
+        "their shared memory has no room for the kernel's tables, so plain torch computes the step",
+        stacklevel=2,
+    )
+
+
+if has_native("bnb_cuda_optimizer_update_8bit_blockwise"):
+    _kernels = optimizer_update_8bit_blockwise.kernels
+    optimizer_update_8bit_blockwise.kernel("cuda")(_where_maps_fit(_kernels["cuda"]))
 
 
 def _update_many(
