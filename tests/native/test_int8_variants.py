@@ -36,8 +36,15 @@ def same_everywhere(libraries, run) -> Tensor:
         for threads in (1, 3):
             for one, other in zip(run(library, threads), expected, strict=True):
                 assert one.dtype == other.dtype
-                assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), (name, threads)
+                assert torch.equal(bits(one), bits(other)), (name, threads)
     return expected
+
+
+def bits(values: Tensor) -> Tensor:
+    """Every NaN as one: processors differ in the sign of those they make."""
+    if values.is_floating_point():
+        values = torch.where(values.isnan(), torch.nan, values)
+    return values.contiguous().view(-1).view(torch.uint8)
 
 
 def guarded(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -154,7 +161,7 @@ def test_linear_is_quantization_and_product(libraries, threshold, dtype):
             *(q.data_ptr(), B.data_ptr(), row_stats.data_ptr(), col_stats.data_ptr()),
             *(bias.data_ptr(), _native.DTYPE_ID[torch.float32], expected.data_ptr(), kind, M, N, K, 1),
         )
-        assert torch.equal(results[0].view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(bits(results[0]), bits(expected))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
