@@ -1,4 +1,4 @@
-"""quantize_4bit and dequantize_4bit against a torch copy of the same unquantized tensor.
+"""4-bit and 8-bit block-wise quantization and their inverses against a torch copy of the same unquantized tensor.
 
 The copy moves the wide tensor twice, quantization reads it once and writes a quarter of it or less, so memory alone
 would let a ratio exceed 1. GB/s counts what the operation must move: the wide tensor, the codes and the statistics.
@@ -49,6 +49,21 @@ def bench(report: Report, device: str, shape: tuple[int, int], dtype: torch.dtyp
         )
 
 
+def bench_8bit(report: Report, device: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    values = torch.randn(shape, device=device).to(dtype)
+    copy = torch.empty_like(values)
+    codes, state = F.quantize_blockwise(values, blocksize=256)
+    about = {"shape": shape, "dtype": dtype, "device": device}
+    about["moved"] = values.nbytes + codes.nbytes + state.absmax.nbytes
+    calls = {
+        "quantize_blockwise": lambda: torch.ops.bitsandbytes.quantize_blockwise(values, state.code, 256),
+        "dequantize_blockwise out=": lambda: F.dequantize_blockwise(codes, state, out=copy),
+    }
+    for name, call in calls.items():
+        times = measure_pair(call, lambda: copy.copy_(values), device)
+        report.add(row(name, "torch copy", times, **about))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +77,7 @@ def main() -> None:
         for dtype in DTYPES:
             for quant_type in ("nf4", "fp4"):
                 bench(report, options.device, shape, dtype, quant_type)
+            bench_8bit(report, options.device, shape, dtype)
     if not options.no_write:
         print(f"written to {report.write()}")
 

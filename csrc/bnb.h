@@ -280,6 +280,13 @@ BNB_API bnb_status bnb_cpu_optimizer_update_4bit_blockwise(
     void* p, bnb_dtype p_dtype, uint8_t* state1, uint8_t* state2, float* absmax1, float* absmax2,
     int64_t n, bnb_rule rule, const bnb_optimizer_config* config, int64_t key, int32_t threads);
 
+/* One step on many tensors of one kind: with the maps, 8-bit state; without, 32-bit. As bnb_cuda_optimizer_begin and
+ * bnb_cuda_optimizer_update_many do it, with everything in host memory; gradients are of p's dtype, max_unorm and rounds
+ * must be unset. first_block counts through the tensors, from any number on. */
+BNB_API bnb_status bnb_cpu_optimizer_update_many(
+    const int64_t* gradients, const bnb_optimizer_hyper* hyper, bnb_optimizer_tensor* tensors, bnb_dtype dtype,
+    const float* qmap1, const float* qmap2, int64_t count, bnb_rule rule, int32_t threads);
+
 /* Round n values to bfloat16 up or down at random, right on average; element i takes its dice from (key, offset + i). */
 BNB_API bnb_status bnb_cpu_round_to_bfloat16(
     const float* values, void* rounded, int64_t n, int64_t key, int64_t offset, int32_t threads);

@@ -1,6 +1,6 @@
 """Many tensors, one step: the tables through which a kernel finds any number of parameters and their state.
 
-Tensors of one kind (rule, dtypes, kind of state, device) stand in one table in device memory, made once and used step
+Tensors of one kind (rule, dtypes, kind of state, device) stand in one table in the device's memory, made once and used step
 after step, so a step costs a fixed few launches. Passing every state tensor to an operator each time would cost the
 host more than the GPU needs: 1000 tensors with six lists take a millisecond of conversions alone. So the operator
 ``optimizer_update_many`` takes the lists that matter to the caller (gradients, and the parameters it changes) and one
@@ -45,7 +45,8 @@ class Hyper(NamedTuple):
 
 def _on_device(values: list, device: torch.device) -> Tensor:
     """int64 on the device, uploaded without waiting for it."""
-    return torch.tensor(values, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+    uploaded = torch.tensor(values, dtype=torch.int64)
+    return uploaded if device.type == "cpu" else uploaded.pin_memory().to(device, non_blocking=True)
 
 
 def step_counters(steps: list[int], device: torch.device) -> Tensor:

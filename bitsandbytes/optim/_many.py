@@ -294,9 +294,13 @@ def _is_paged(state: dict[str, Any]) -> bool:
 
 def _fits_a_table(p: Tensor, state: dict[str, Any], config: dict[str, Any]) -> bool:
     grad, first = p.grad, state.get("state1")
-    if p.device.type not in optimizer_update_many.kernels or not isinstance(first, Tensor):
+    kernel = optimizer_update_many.kernels.get(p.device.type)
+    if kernel is None or not isinstance(first, Tensor):
         return False
     assert grad is not None
+    plain = grad.dtype == p.dtype and not config["max_unorm"] > 0.0 and not _rounds(config, p)
+    if getattr(kernel, "plain_only", False) and not plain:
+        return False
     if is_dtensor(p) and not _laid_out_alike(p, grad):
         return False
     if not has_room_for_maps(p.device, sum(key in state for key in ("qmap1", "qmap2"))):

@@ -6,6 +6,7 @@
 #include "../common/codebooks.h"
 #include "../common/dtype.h"
 #include "../common/optimizer_rules.h"
+#include "../common/optimizer_scalars.h"
 #include "../cpu/kernels.h"
 #include "../cpu/tiled_layout.h"
 #include "guard.h"
@@ -61,6 +62,24 @@ void check_embedding(const int64_t* indices, int64_t count, int64_t rows, int64_
             indices[i] >= 0 && indices[i] < rows, "index ", indices[i], " is out of range for a table of ", rows,
             " rows");
     }
+}
+
+// Give every tensor its gradient, count its step and derive its scalars, which equal steps share.
+std::vector<bnb_optimizer_config> begin_step(
+    const int64_t* gradients, const bnb_optimizer_hyper& hyper, bnb_rule rule, bnb_optimizer_tensor* tensors,
+    int64_t count) {
+    std::vector<bnb_optimizer_config> configs;
+    configs.reserve(static_cast<size_t>(count));
+    const double lr = hyper.lr_address ? double(*hyper.lr_address) : hyper.lr;
+    visit_rule(rule, [&](auto found) {
+        for (int64_t i = 0; i < count; ++i) {
+            tensors[i].g = reinterpret_cast<const void*>(gradients[i]);
+            const int64_t step = ++*tensors[i].step;
+            const bool as_before = i > 0 && *tensors[i - 1].step == step;
+            configs.push_back(as_before ? configs.back() : step_config<decltype(found)>(hyper, lr, step));
+        }
+    });
+    return configs;
 }
 
 }  // namespace
@@ -218,6 +237,28 @@ bnb_status bnb_cpu_optimizer_update_8bit_blockwise(
                 {static_cast<const T*>(g), qmap1, qmap2, static_cast<T*>(p), state1, state2, absmax1, absmax2, n, rule,
                  config},
                 threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_optimizer_update_many(
+    const int64_t* gradients, const bnb_optimizer_hyper* hyper, bnb_optimizer_tensor* tensors, bnb_dtype dtype,
+    const float* qmap1, const float* qmap2, int64_t count, bnb_rule rule, int32_t threads) {
+    return guarded("bnb_cpu_optimizer_update_many", [&] {
+        require(count >= 0, "count must not be negative, got ", count);
+        if (count == 0) return;
+        require(gradients && hyper && tensors, "null pointer for ", count, " tensors");
+        require(hyper->max_unorm == 0.0 && !hyper->rounds, "no limit and no dice in a step on many tensors");
+        for (int64_t i = 0; i < count; ++i) {
+            const bnb_optimizer_tensor& t = tensors[i];
+            const bool pointers =
+                gradients[i] && t.p && t.state1 && (!qmap1 || (t.absmax1 && (!t.state2 || t.absmax2)));
+            check_optimizer(dtype, dtype, t.n, rule, pointers, t.state2 != nullptr);
+            require(!qmap1 || !t.state2 || qmap2, "rule ", int(rule), " needs qmap2");
+        }
+        visit_or_refuse(dtype, [&](auto tag) {
+            const auto configs = begin_step(gradients, *hyper, rule, tensors, count);
+            kernels().of(tag).optimizer_update_many({tensors, configs.data(), qmap1, qmap2, count, rule}, threads);
         });
     });
 }

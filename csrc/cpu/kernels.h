@@ -67,6 +67,17 @@ struct Update4bit {
     int64_t key;
 };
 
+// One step on `count` tensors of one kind, whose g, p and n are of type T: 8-bit state with maps, 32-bit without.
+template <class T>
+struct UpdateMany {
+    const bnb_optimizer_tensor* tensors;
+    const bnb_optimizer_config* configs;
+    const float* qmap1;
+    const float* qmap2;
+    int64_t count;
+    bnb_rule rule;
+};
+
 // Kernels that exist once per element type.
 template <class T>
 struct TypedKernels {
@@ -92,6 +103,7 @@ struct TypedKernels {
     void (*optimizer_update_32bit)(const Update32bit<T>& problem, int32_t threads);
     void (*optimizer_update_8bit)(const Update8bit<T>& problem, int32_t threads);
     void (*optimizer_update_4bit)(const Update4bit<T>& problem, int32_t threads);
+    void (*optimizer_update_many)(const UpdateMany<T>& problem, int32_t threads);
 };
 
 struct Kernels {

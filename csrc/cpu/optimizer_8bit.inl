@@ -61,17 +61,23 @@ class StateEncoder {
     MapEncoder encoder_;
 };
 
+// The maps of state1 and state2, ready for use by any number of tensors; qmap2 may be null.
+struct StateMaps {
+    MapDecoder decoders[2];
+    StateEncoder encoders[2];
+
+    StateMaps(const float* qmap1, const float* qmap2, int64_t amount)
+        : decoders{MapDecoder(qmap1), MapDecoder(qmap2 ? qmap2 : qmap1)},
+          encoders{{qmap1, amount, true}, {qmap2 ? qmap2 : qmap1, amount, false}} {}
+};
+
 template <class Rule, class T>
 class Updater8bit {
   public:
-    explicit Updater8bit(const Update8bit<T>& problem)
+    Updater8bit(const Update8bit<T>& problem, const StateMaps& maps)
         : problem_(problem),
           h_(vector_scalars(*problem.config)),
-          decoders_{MapDecoder(problem.qmap1), MapDecoder(problem.state2 ? problem.qmap2 : problem.qmap1)},
-          encoders_{
-              {problem.qmap1, problem.n, true},
-              {problem.state2 ? problem.qmap2 : problem.qmap1, problem.n, false},
-          } {
+          maps_(maps) {
         const int64_t blocks = (problem.n + kOptimizerBlock - 1) / kOptimizerBlock;
         for (int k = 0; k < Rule::kStates; ++k) {
             const bool first = k < Rule::kFirst;
@@ -80,6 +86,11 @@ class Updater8bit {
         }
     }
 
+    void run(int64_t first, int64_t last) const {
+        for (int64_t block = first; block < last; ++block) run(block);
+    }
+
+  private:
     void run(int64_t block) const {
         const int64_t begin = block * kOptimizerBlock;
         if (problem_.n - begin >= kOptimizerBlock) {
@@ -99,13 +110,12 @@ class Updater8bit {
         for (int k = 0; k < Rule::kStates; ++k) memcpy(codes_[k] + begin, padded[k], static_cast<size_t>(count));
     }
 
-  private:
     // The codes have room for a whole block.
     BNB_INLINE void run_on(int64_t block, int64_t count, uint8_t* const* codes) const {
         alignas(64) float values[Rule::kStates][kOptimizerBlock];
         for (int k = 0; k < Rule::kStates; ++k) {
             const F32 scale = broadcast(absmax_[k][block]);
-            const MapDecoder& decoder = decoders_[k >= Rule::kFirst];
+            const MapDecoder& decoder = maps_.decoders[k >= Rule::kFirst];
             for (int64_t i = 0; i < count; i += kChunk) {
                 const auto scaled = [&](F32 x) { return x * scale; };
                 BNB_PREFETCH(codes[k] + i + kAhead);
@@ -119,7 +129,7 @@ class Updater8bit {
             inverse[k] = 1.0f / floored_absmax(largest[k]);
         }
         for (int k = 0; k < Rule::kStates; ++k) {
-            encoders_[k >= Rule::kFirst].encode(values[k], count, inverse[k], codes[k]);
+            maps_.encoders[k >= Rule::kFirst].encode(values[k], count, inverse[k], codes[k]);
         }
     }
 
@@ -161,8 +171,7 @@ class Updater8bit {
 
     Update8bit<T> problem_;
     StepScalars<F32> h_;
-    MapDecoder decoders_[2];
-    StateEncoder encoders_[2];
+    const StateMaps& maps_;
     uint8_t* codes_[Rule::kStates];
     float* absmax_[Rule::kStates];
 };
@@ -170,10 +179,11 @@ class Updater8bit {
 template <class T>
 void optimizer_update_8bit(const Update8bit<T>& problem, int32_t threads) {
     const int64_t blocks = (problem.n + kOptimizerBlock - 1) / kOptimizerBlock;
+    const StateMaps maps(problem.qmap1, problem.qmap2, problem.n);
     visit_rule(problem.rule, [&](auto rule) {
-        const Updater8bit<decltype(rule), T> updater(problem);
-        parallel_for(blocks, kOptimizerGrain / kOptimizerBlock, threads, [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) updater.run(block);
+        const Updater8bit<decltype(rule), T> updater(problem, maps);
+        parallel_for(blocks, kOptimizerGrain / kOptimizerBlock, threads, [&](int64_t first, int64_t last) {
+            updater.run(first, last);
         });
     });
 }

@@ -16,6 +16,7 @@
 #include "optimizer.inl"
 #include "optimizer_4bit.inl"
 #include "optimizer_8bit.inl"
+#include "optimizer_many.inl"
 #include "rounding.inl"
 
 #define BNB_STRING_(name) #name
@@ -26,9 +27,10 @@ BNB_NAMESPACE_BEGIN
 template <class T>
 constexpr TypedKernels<T> typed_kernels() {
     return {
-        quantize_4bit<T>,         dequantize_4bit<T>,       gemm_4bit<T>,      quantize_blockwise<T>,
-        dequantize_blockwise<T>,  embedding_4bit<T>,        embedding_8bit<T>, optimizer_update_32bit<T>,
-        optimizer_update_8bit<T>, optimizer_update_4bit<T>,
+        quantize_4bit<T>,         dequantize_4bit<T>,        gemm_4bit<T>,
+        quantize_blockwise<T>,    dequantize_blockwise<T>,   embedding_4bit<T>,
+        embedding_8bit<T>,        optimizer_update_32bit<T>, optimizer_update_8bit<T>,
+        optimizer_update_4bit<T>, optimizer_update_many<T>,
     };
 }
 

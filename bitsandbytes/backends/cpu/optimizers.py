@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 import torch
 
-from ..._native import DTYPE_ID, RULE_ID, has_native, lib, ptr, threads
+from ..._formats.rules import RULES
+from ..._native import ABI, DTYPE_ID, RULE_ID, has_native, lib, ptr, threads
 from ..._ops import (
     Operator,
     optimizer_update_4bit_blockwise,
     optimizer_update_8bit_blockwise,
     optimizer_update_32bit,
+    optimizer_update_many,
     round_to_bfloat16,
 )
 from ..default.optimizer_update import update_kernel
@@ -80,3 +83,34 @@ def _update_coded(kernel, update, *key):
             *key,
             threads(),
         )
+
+
+def _update_many(
+    optimizer_name, g, p, table, configs, scratch, qmap1, qmap2, counts, settings, lr, seeds, blocks
+):
+    if not g:
+        return
+    hyper = ABI.structs["bnb_optimizer_hyper"]  # type: ignore[union-attr]
+    addresses = array("q", [gradient.data_ptr() for gradient in g]).tobytes()
+    each, first, entry_bytes = len(settings) // len(counts), 0, table.stride(0) * table.itemsize
+    for row, count in enumerate(counts):
+        *numbers, skip_zeros = settings[row * each : (row + 1) * each]
+        lib.bnb_cpu_optimizer_update_many(
+            addresses[8 * first : 8 * (first + count)],
+            bytes(hyper(ptr(lr[row]), *numbers, 0, bool(skip_zeros), False)),
+            table.data_ptr() + first * entry_bytes,
+            DTYPE_ID[p[0].dtype],
+            ptr(qmap1),
+            ptr(qmap2),
+            count,
+            RULE_ID[RULES[optimizer_name].name],
+            threads(),
+        )
+        first += count
+
+
+# Limits, dice and gradients of another dtype are left to single steps.
+_update_many.plain_only = True  # type: ignore[attr-defined]
+
+if has_native("bnb_cpu_optimizer_update_many"):
+    optimizer_update_many.kernel("cpu")(_update_many)
