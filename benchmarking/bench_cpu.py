@@ -1,56 +1,108 @@
-"""4-bit matmul on a CPU: the fused kernel, and decoding the weight for torch's matmul, each against a dense layer.
+"""The 4-bit linear on a CPU against a dense one in the same run: inference, layers from memory, forward with dX.
 
-Which of the two the CPU backend takes depends on the number of rows; this is where its border comes from. Bytes are
-what must be read: activations, weight, and the output that is written.
+Every row's baseline is torch's dense layer of the same dtype with the same threads. "24 layers in turn" reads weights
+that no cache holds, as decoding a token does. Bytes are what must be read and written: activations, weight, output.
 
-    python benchmarking/bench_cpu.py [--threads 1] [--no-write]
+    python benchmarking/bench_cpu.py [--threads 1 2] [--no-write]
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from harness import Report, measure_pair, row
+from torch import Tensor
+from torch.nn.functional import linear
 
 from bitsandbytes import functional as F
-from bitsandbytes.backends.cpu import ops as cpu
+from bitsandbytes.autograd.fourbit import matmul_4bit
 
-SHAPE = (4096, 4096)
-ROWS = [1, 4, 8, 16, 32, 64, 256]
-PATHS = {"fused": 1 << 30, "decode, then matmul": 0}  # name -> rows up to which the fused kernel runs
+SHAPES = [(4096, 4096), (14336, 4096)]
+ROWS = [1, 4, 16, 64, 256, 1024]
+LAYERS = 24
+TRAINED_ROWS = [64, 512]
 
 
-def bench(report: Report, dtype: torch.dtype, rows: int) -> None:
-    N, K = SHAPE
-    dense = (torch.randn(SHAPE) / K**0.5).to(dtype)
-    packed, state = F.quantize_4bit(dense, quant_type="nf4")
-    A = torch.randn(rows, K).to(dtype)
-    moved = packed.nbytes + state.absmax.nbytes + A.nbytes + rows * N * dtype.itemsize
-    borders = dict(cpu._FUSED_ROWS)
-    for path, border in PATHS.items():
-        cpu._FUSED_ROWS[dtype] = border
-        times = measure_pair(
-            lambda: torch.ops.bitsandbytes.gemm_4bit(A, packed, [N, K], state.absmax, state.blocksize, "nf4"),
-            lambda: torch.nn.functional.linear(A, dense),
-            "cpu",
-        )
-        name = f"nf4 M={rows} {path}"
-        report.add(row(name, "dense linear", times, shape=SHAPE, dtype=dtype, device="cpu", moved=moved))
-    cpu._FUSED_ROWS.update(borders)
+def quantized(dense: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
+    """The layer's function, and the bytes of its weight."""
+    packed, state = F.quantize_4bit(dense, quant_type="nf4", blocksize=64)
+    return lambda A: matmul_4bit(A, packed, state), packed.nbytes + state.absmax.nbytes
+
+
+def weight(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return (torch.randn(shape) / shape[1] ** 0.5).to(dtype)
+
+
+def bench_products(report: Report, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    dense = weight(shape, dtype)
+    layer, held = quantized(dense)
+
+    def bench(rows: int) -> None:
+        A = torch.randn(rows, shape[1], dtype=dtype)
+        times = measure_pair(lambda: layer(A), lambda: linear(A, dense), "cpu")
+        moved = held + A.nbytes + rows * shape[0] * dtype.itemsize
+        name = f"nf4 linear M={rows}"
+        report.add(row(name, "dense linear", times, shape=shape, dtype=dtype, device="cpu", moved=moved))
+
+    for rows in ROWS:
+        if dtype == torch.bfloat16 or rows * shape[0] <= 1024 * 4096:  # else torch alone takes seconds
+            bench(rows)
+
+
+def bench_layers(report: Report, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    dense = [weight(shape, dtype) for _ in range(LAYERS)]
+    layers, held = zip(*map(quantized, dense), strict=True)
+    A = torch.randn(1, shape[1], dtype=dtype)
+
+    def in_turn(run: Callable[[int], Tensor]) -> None:
+        for index in range(LAYERS):
+            run(index)
+
+    times = measure_pair(
+        lambda: in_turn(lambda index: layers[index](A)),
+        lambda: in_turn(lambda index: linear(A, dense[index])),
+        "cpu",
+        seconds=1.5,
+    )
+    name = f"nf4 {LAYERS} layers in turn M=1"
+    report.add(
+        row(name, "dense linear", times, shape=shape, dtype=dtype, device="cpu", moved=sum(held), cold=True)
+    )
+
+
+def bench_training(report: Report, shape: tuple[int, int], dtype: torch.dtype, rows: int) -> None:
+    dense = weight(shape, dtype)
+    layer, held = quantized(dense)
+    A = torch.randn(rows, shape[1], dtype=dtype, requires_grad=True)
+    gradient = torch.randn(rows, shape[0], dtype=dtype)
+
+    def step(run: Callable[[Tensor], Tensor]) -> None:
+        torch.autograd.grad(run(A), A, gradient)
+
+    times = measure_pair(lambda: step(layer), lambda: step(lambda x: linear(x, dense)), "cpu", seconds=1.0)
+    moved = 2 * held + 2 * A.nbytes + 2 * gradient.nbytes
+    name = f"nf4 forward + dX M={rows}"
+    report.add(row(name, "dense linear", times, shape=shape, dtype=dtype, device="cpu", moved=moved))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
 
-    report = Report("cpu")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rows in ROWS:
-            bench(report, dtype, rows)
+    report = Report("cpu-4bit")
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for dtype in (torch.bfloat16, torch.float32):
+            for shape in SHAPES:
+                bench_products(report, shape, dtype)
+        bench_products(report, SHAPES[0], torch.float16)
+        bench_layers(report, SHAPES[0], torch.bfloat16)
+        for rows in TRAINED_ROWS:
+            bench_training(report, SHAPES[0], torch.bfloat16, rows)
     if not options.no_write:
         print(f"written to {report.write()}")
 

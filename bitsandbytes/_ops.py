@@ -189,6 +189,26 @@ def _check_matmul_4bit(A: Tensor, B: Tensor, shapeB, blocksize) -> Result:
     return Result((*shape[:-1], N), A.dtype)
 
 
+def _check_block_scales(numel, blocksize, absmax: Tensor, absmax_8bit, absmax_code, absmax_offset) -> None:
+    """One scale a block; or a code a block, an absmax for every 256 codes, their map and an offset."""
+    if absmax_8bit is None:
+        check_absmax(absmax, numel, blocksize)
+        return
+    check_dtype(absmax_8bit, torch.uint8, "absmax_8bit")
+    blocks = -(numel // -blocksize)
+    if absmax_8bit.dim() != 1 or absmax_8bit.numel() < blocks:
+        raise ArgumentError(
+            f"absmax_8bit must be 1D with at least {blocks} values, got shape {tuple(absmax_8bit.shape)}"
+        )
+    if absmax_code is None or absmax_offset is None:
+        missing = "absmax_code" if absmax_code is None else "absmax_offset"
+        raise ArgumentError(f"{missing} required when absmax_8bit is provided")
+    check_map(absmax_code, "absmax_code")
+    if absmax_offset.numel() != 1:
+        raise ArgumentError(f"absmax_offset must be 0-dim (one value), got {absmax_offset.numel()}")
+    check_absmax(absmax, blocks, NESTED_BLOCKSIZE)
+
+
 @operator(
     "gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? bias=None, "
     "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor"
@@ -222,28 +242,39 @@ def gemm_4bit(
         absmax_offset=absmax_offset,
     )
     N, K = shapeB
-    if absmax_8bit is None:
-        check_absmax(absmax, N * K, blocksize)
-    else:
-        check_dtype(absmax_8bit, torch.uint8, "absmax_8bit")
-        blocks = -((N * K) // -blocksize)
-        if absmax_8bit.dim() != 1 or absmax_8bit.numel() < blocks:
-            raise ArgumentError(
-                f"absmax_8bit must be 1D with at least {blocks} values, got shape {tuple(absmax_8bit.shape)}"
-            )
-        if absmax_code is None or absmax_offset is None:
-            missing = "absmax_code" if absmax_code is None else "absmax_offset"
-            raise ArgumentError(f"{missing} required when absmax_8bit is provided")
-        check_map(absmax_code, "absmax_code")
-        if absmax_offset.numel() != 1:
-            raise ArgumentError(f"absmax_offset must be 0-dim (one value), got {absmax_offset.numel()}")
-        check_absmax(absmax, blocks, NESTED_BLOCKSIZE)
+    _check_block_scales(N * K, blocksize, absmax, absmax_8bit, absmax_code, absmax_offset)
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != N:
             raise ArgumentError(f"bias must be 1D and bias length ({tuple(bias.shape)}) must match N ({N})")
         if bias.dtype != A.dtype:
             raise ArgumentError(f"bias dtype ({bias.dtype}) must match A's dtype ({A.dtype})")
     return result
+
+
+@operator(
+    "gemm_4bit_transposed(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, "
+    "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor"
+)
+def gemm_4bit_transposed(
+    A: Tensor,
+    B: Tensor,
+    shapeB,
+    absmax: Tensor,
+    blocksize,
+    quant_type,
+    absmax_8bit=None,
+    absmax_code=None,
+    absmax_offset=None,
+):
+    """``A @ W`` with the 4-bit weight ``W`` of shape ``shapeB = [N, K]``: the gradient of what went into ``W``."""
+    _check_matmul_4bit(A, B, shapeB[::-1], blocksize)
+    N, K = shapeB
+    check_format(quant_type)
+    check_same_device(
+        A, B=B, absmax=absmax, absmax_8bit=absmax_8bit, absmax_code=absmax_code, absmax_offset=absmax_offset
+    )
+    _check_block_scales(N * K, blocksize, absmax, absmax_8bit, absmax_code, absmax_offset)
+    return Result((*A.shape[:-1], K), A.dtype)
 
 
 @operator(

@@ -144,7 +144,7 @@ BNB_API bool bnb_has_cuda(void);
  * values: an encoder counts the thresholds below a value. */
 BNB_API bnb_status bnb_codebook(bnb_format format, float* values, float* thresholds);
 
-/* Instruction set whose kernels run ("scalar", "avx2", "avx512", "neon"); null if BNB_CPU_ISA names one that this
+/* Instruction set whose kernels run ("scalar", "avx2", "avx512", "avx512bf16", "neon"); null if BNB_CPU_ISA names one that this
  * machine or build does not have. */
 BNB_API const char* bnb_cpu_isa(void);
 
@@ -167,9 +167,19 @@ BNB_API bnb_status bnb_cpu_dequantize_4bit(
     int64_t n, int64_t blocksize, int32_t threads);
 
 /* y = A @ W.T + bias, accumulated in float32. A is [M, K], out is [M, N], bias is [N] or null, all of one dtype. W is
- * [N, K], packed without padding of rows; its blocks run over the flattened weight. code has the sixteen values. */
+ * [N, K], packed without padding of rows; its blocks run over the flattened weight. absmax_8bit is null; or it has one
+ * code per block, whose scale is then absmax_code[absmax_8bit[b]] * absmax[b / 256] + *absmax_offset, with 256 entries in
+ * absmax_code. code has the sixteen values. bfloat16 activations may be multiplied with those values in bfloat16. */
 BNB_API bnb_status bnb_cpu_gemm_4bit(
-    const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const float* code, const void* bias,
+    const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const uint8_t* absmax_8bit,
+    const float* absmax_code, const float* absmax_offset, const float* code, const void* bias,
+    void* out,
+    int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t threads);
+
+/* y = A @ W of the same weight: A is [M, N], out is [M, K]. The gradient of the activations. */
+BNB_API bnb_status bnb_cpu_gemm_4bit_transposed(
+    const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const uint8_t* absmax_8bit,
+    const float* absmax_code, const float* absmax_offset, const float* code,
     void* out,
     int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t threads);
 

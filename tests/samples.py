@@ -164,6 +164,14 @@ def _gemm_4bit():
     )
 
 
+def _gemm_4bit_transposed():
+    """The same weights, with activations of as many columns as those have rows, and no bias."""
+    for A, packed, shape, absmax, blocksize, quant_type, *rest in _gemm_4bit():
+        if not rest or rest[0] is None:
+            rows = torch.randn(*A.shape[:-1], shape[0]).to(A.dtype)
+            yield rows, packed, shape, absmax, blocksize, quant_type, *rest[1:]
+
+
 def _gemv_4bit():
     for dtype in oracles.FLOAT_DTYPES:
         for quant_type in oracles.QUANT_TYPES:
@@ -347,6 +355,7 @@ _MAKERS = {
     "embedding_4bit": _embedding_4bit,
     "embedding_8bit": _embedding_8bit,
     "gemm_4bit": _gemm_4bit,
+    "gemm_4bit_transposed": _gemm_4bit_transposed,
     "gemv_4bit": _gemv_4bit,
     "quantize_blockwise": _quantize_blockwise,
     "dequantize_blockwise": _dequantize_blockwise,

@@ -71,7 +71,12 @@ def cases(quick: bool) -> list[Case]:
         found += [_quantize_blockwise(dtype, numel), _dequantize_blockwise(dtype, numel)]
         found += _int8_quantize_cases(dtype, (N, K))
     found += _fourbit_cases("nf4", 4096, torch.bfloat16, numel, (N, K))[:2]
-    found += [_dequantize_4bit_nested(numel), _embedding_4bit((N, K)), _embedding_8bit((N, K))]
+    found += [
+        _gemm_4bit_transposed((N, K)),
+        _dequantize_4bit_nested(numel),
+        _embedding_4bit((N, K)),
+        _embedding_8bit((N, K)),
+    ]
     return found + _int8_product_cases((64, N, K)) + optimizer_cases(numel)
 
 
@@ -204,6 +209,24 @@ def _fourbit_cases(
         Case("gemm_4bit", f"{label} M=64 nested", gemm_arguments(64, nested=True), product_error, limit),
         Case("gemv_4bit", label, gemv_arguments, gemv_error, limit),
     ]  # fmt: skip
+
+
+def _gemm_4bit_transposed(shape: tuple[int, int]) -> Case:
+    (N, K), blocksize, quant_type, dtype = shape, 64, "nf4", torch.bfloat16
+
+    def make(generator: Generator) -> tuple:
+        packed = _random_bytes(generator, N * K // 2, 1)
+        nested = _nested_scales(generator, N * K // blocksize)
+        A = _random(generator, 32, N, dtype=dtype)
+        return A, packed, [N, K], nested[0], blocksize, quant_type, *nested[1:]
+
+    def error(args: tuple, results: Sequence[Tensor]) -> float:
+        absmax = _expanded(args[3], *args[6:])
+        weight = _decode_4bit(args[1], absmax, blocksize, quant_type, N * K).view(N, K)
+        return _norm_error(results[0], args[0].double() @ weight)
+
+    label = f"{quant_type}/{blocksize} {_short(dtype)} nested"
+    return Case("gemm_4bit_transposed", label, make, error, _MATMUL[dtype])
 
 
 def _dequantize_4bit_nested(numel: int) -> Case:

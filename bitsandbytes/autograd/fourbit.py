@@ -17,7 +17,7 @@ from .._checks import ArgumentError
 from .._formats.packing import convert_weight_packed_for_cpu_inverse
 from .._formats.state import QuantState
 from .._formats.table import NESTED_BLOCKSIZE
-from .._ops import gemm_4bit
+from .._ops import gemm_4bit, gemm_4bit_transposed
 from .._quant.fourbit import dequantize_4bit
 
 __all__ = ["MatMul4Bit", "matmul_4bit"]
@@ -89,33 +89,20 @@ def _gemm(A: Tensor, B: Tensor, bias: Tensor | None, quant_state: QuantState) ->
     if A.numel() == 0 and A.dim() > 0 and A.shape[-1] == shape[1]:
         product = A.new_zeros((*A.shape[:-1], shape[0]))
         return product if bias is None else product + bias
+    absmax, *nested = _statistics(quant_state)
+    return gemm_4bit(A, B, shape, absmax, quant_state.blocksize, quant_state.quant_type, bias, *nested)
+
+
+def _statistics(quant_state: QuantState) -> tuple[Tensor, ...]:
+    """``absmax``, or for nested statistics ``absmax, absmax_8bit, absmax_code, absmax_offset``."""
     if not quant_state.nested:
-        return gemm_4bit(
-            A,
-            B,
-            shape,
-            _float32(quant_state.absmax),
-            quant_state.blocksize,
-            quant_state.quant_type,
-            bias,
-        )
+        return (_float32(quant_state.absmax),)
     second = quant_state.state2
     if second.blocksize != NESTED_BLOCKSIZE:
         raise NotImplementedError(
             f"quant_state.state2.blocksize must be {NESTED_BLOCKSIZE} for a matmul, got {second.blocksize}"
         )
-    return gemm_4bit(
-        A,
-        B,
-        shape,
-        _float32(second.absmax),
-        quant_state.blocksize,
-        quant_state.quant_type,
-        bias,
-        quant_state.absmax,
-        _float32(second.code),
-        quant_state.offset,
-    )
+    return _float32(second.absmax), quant_state.absmax, _float32(second.code), quant_state.offset
 
 
 def _float32(statistics: Tensor) -> Tensor:
@@ -125,6 +112,21 @@ def _float32(statistics: Tensor) -> Tensor:
 def _decoded(B: Tensor, quant_state: QuantState) -> Tensor:
     """The weight in the state's shape and dtype, however ``B`` lies."""
     return dequantize_4bit(B.reshape(-1, 1), quant_state)
+
+
+def _transposed_product(grad_output: Tensor, B: Tensor, quant_state: QuantState) -> Tensor:
+    """``grad_output @ W``, where gradients round W to the state's dtype first.
+
+    On a CPU without a decoded weight, unless that rounding shows or the product needs a gradient of its own.
+    """
+    rounds_once = quant_state.dtype in (grad_output.dtype, torch.float32)
+    fused = grad_output.device.type == "cpu" and rounds_once and grad_output.numel() > 0
+    if not fused or torch.is_grad_enabled():
+        return grad_output @ _decoded(B, quant_state).to(grad_output.dtype)
+    absmax, *nested = _statistics(quant_state)
+    return gemm_4bit_transposed(
+        grad_output, B, quant_state.shape, absmax, quant_state.blocksize, quant_state.quant_type, *nested
+    )
 
 
 class MatMul4Bit(torch.autograd.Function):
@@ -155,7 +157,7 @@ class MatMul4Bit(torch.autograd.Function):
         grad_A = grad_bias = None
         if ctx.needs_input_grad[0]:
             (B,) = ctx.saved_tensors
-            grad_A = grad_output @ _decoded(B, ctx.quant_state).to(grad_output.dtype)
+            grad_A = _transposed_product(grad_output, B, ctx.quant_state)
         if ctx.needs_input_grad[3]:
             grad_bias = grad_output.sum_to_size(grad_output.shape[-1]).to(ctx.bias_dtype)
         return grad_A, None, None, grad_bias, None

@@ -39,6 +39,12 @@ void check_4bit_blocks(int64_t n, int64_t blocksize, bool pointers) {
     require(blocksize % 2 == 0, "blocksize must be even, got ", blocksize);
 }
 
+void check_gemm_4bit(int64_t M, int64_t N, int64_t K, int64_t blocksize, bool pointers, const BlockScales& scales) {
+    require(M >= 0 && N >= 0 && K >= 0, "M, N, K must not be negative, got ", M, ", ", N, ", ", K);
+    check_4bit_blocks(N * K, blocksize, pointers && scales.absmax);
+    require(!scales.absmax_8bit || (scales.code && scales.offset), "absmax_8bit needs absmax_code and absmax_offset");
+}
+
 // The states a rule keeps, apart from state1.
 void check_optimizer(bnb_dtype g_dtype, bnb_dtype p_dtype, int64_t n, bnb_rule rule, bool pointers, bool state2) {
     require(g_dtype == p_dtype, "g and p must have one dtype, got ", int(g_dtype), " and ", int(p_dtype));
@@ -143,17 +149,35 @@ bnb_status bnb_cpu_embedding_8bit(
 }
 
 bnb_status bnb_cpu_gemm_4bit(
-    const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const float* code, const void* bias,
-    void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t threads) {
+    const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const uint8_t* absmax_8bit,
+    const float* absmax_code, const float* absmax_offset, const float* code, const void* bias, void* out, int64_t M,
+    int64_t N, int64_t K, int64_t blocksize, int32_t threads) {
     return guarded("bnb_cpu_gemm_4bit", [&] {
-        require(M >= 0 && N >= 0 && K >= 0, "M, N, K must not be negative, got ", M, ", ", N, ", ", K);
-        check_4bit_blocks(N * K, blocksize, packed && absmax && code);
+        const BlockScales scales{absmax, absmax_8bit, absmax_code, absmax_offset};
+        check_gemm_4bit(M, N, K, blocksize, packed && code, scales);
         require(M * N == 0 || (out && (K == 0 || A)), "null pointer for A or out");
         visit_or_refuse(dtype, [&](auto tag) {
             using T = typename decltype(tag)::type;
             kernels().of(tag).gemm_4bit(
-                {static_cast<const T*>(A), packed, absmax, code, static_cast<const T*>(bias), static_cast<T*>(out), M,
+                {static_cast<const T*>(A), packed, scales, code, static_cast<const T*>(bias), static_cast<T*>(out), M,
                  N, K, blocksize},
+                threads);
+        });
+    });
+}
+
+bnb_status bnb_cpu_gemm_4bit_transposed(
+    const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const uint8_t* absmax_8bit,
+    const float* absmax_code, const float* absmax_offset, const float* code, void* out, int64_t M, int64_t N, int64_t K,
+    int64_t blocksize, int32_t threads) {
+    return guarded("bnb_cpu_gemm_4bit_transposed", [&] {
+        const BlockScales scales{absmax, absmax_8bit, absmax_code, absmax_offset};
+        check_gemm_4bit(M, N, K, blocksize, packed && code, scales);
+        require(M * K == 0 || (out && (N == 0 || A)), "null pointer for A or out");
+        visit_or_refuse(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            kernels().of(tag).gemm_4bit_transposed(
+                {static_cast<const T*>(A), packed, scales, code, nullptr, static_cast<T*>(out), M, N, K, blocksize},
                 threads);
         });
     });
@@ -296,7 +320,17 @@ bnb_status bnb_cpu_gemm_4bit_tiled(
             const BFloat16* row = static_cast<const BFloat16*>(x) + m * x_stride;
             BFloat16* target = static_cast<BFloat16*>(out) + m * out_stride;
             kernels().bfloat16.gemm_4bit(
-                {row, packed.data(), scales.data(), table.values, nullptr, target, 1, N, K, blocksize}, threads);
+                {row,
+                 packed.data(),
+                 {scales.data(), nullptr, nullptr, nullptr},
+                 table.values,
+                 nullptr,
+                 target,
+                 1,
+                 N,
+                 K,
+                 blocksize},
+                threads);
         }
     });
 }

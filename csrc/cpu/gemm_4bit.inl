@@ -1,141 +1,261 @@
-// Activations times a packed 4-bit weight, accumulated in float32.
+// Activations times a packed 4-bit weight, accumulated in float32, and times its transpose.
 //
-// Up to four rows stream the weight once from memory (half a byte per weight), decode it in registers and scale each
-// block's partial sum. More rows decode a panel of kPanel weight rows into the cache, where all activations reuse it.
-// Activations are widened to float32 once. Each output is summed by one thread in one order.
+// Half a byte is read for a weight; each output is summed by one thread in one order. Few activations stream the weight
+// through registers (stream_columns); more decode it panel by panel into the cache, once for up to kMaxRows of them
+// (multiply_panels). Activations are packed once into the order the kernels read them in.
+#pragma once
+
+#include "gemm_4bit_activations.inl"
+#include "gemm_4bit_panel.inl"
 
 BNB_NAMESPACE_BEGIN
 
-constexpr int64_t kPanel = 4;          // weight rows decoded together
-constexpr int64_t kMaxStreamRows = 4;  // activations that share one pass over the weight
-constexpr int64_t kMaxRows = 64;       // activations widened at a time
-constexpr int64_t kPrefetchBytes = 2048;
-constexpr int kTileRows = kWidth >= 16 ? 4 : 2;  // accumulators of the tile must fit the register file
+constexpr int64_t kMaxRows = 384;  // activations that share one decoded panel: they stay in the second-level cache
+constexpr int64_t kTaskProducts = 1 << 19;  // multiplications of a task; enough to pay for waking a thread
 
-// Activations in float32. `depth` is K rounded up to whole vectors, padded with zeros. Rows lie one cache line further
-// apart, so that those of a tile do not compete for the same cache sets when K is a power of two.
-struct Activations {
-    const float* values;
-    int64_t rows, depth, stride;
+// out [rows, columns] of a product, `stride` elements from row to row.
+template <class T>
+struct Output {
+    T* out;
+    const T* bias;
+    int64_t stride;
+
+    // `count` columns of one row, from sums in whole vectors.
+    BNB_INLINE void write(int64_t row, int64_t column, int64_t count, const float* sums) const {
+        T* const target = out + row * stride + column;
+        for (int64_t c = 0; c < count; c += kWidth) {
+            const int64_t rest = count - c;
+            F32 sum = load(sums + c);
+            if (bias) sum = sum + (rest < kWidth ? load_partial(bias + column + c, rest) : load(bias + column + c));
+            if (rest < kWidth) {
+                store_partial(target + c, sum, rest);
+            } else {
+                store(target + c, sum);
+            }
+        }
+    }
 };
 
-template <class T>
-void widen(const T* source, float* target, int64_t count, int64_t depth) {
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) store(target + i, load(source + i));
-    if (i < count) {
-        store(target + i, load_partial(source + i, count - i));
-        i += kWidth;
+template <class Engine, int kRows = kTileRows>
+BNB_INLINE auto tile_kernel(int64_t rows) {
+    if constexpr (kRows == 1) {
+        return &multiply_tile<Engine, 1>;
+    } else {
+        return rows == kRows ? &multiply_tile<Engine, kRows> : tile_kernel<Engine, kRows - 1>(rows);
     }
-    for (; i < depth; ++i) target[i] = 0.0f;
 }
 
-template <class T>
-BNB_INLINE void write_output(const GemmProblem<T>& p, int64_t m, int64_t n, float sum) {
-    p.out[m * p.N + n] = from_float<T>(p.bias ? sum + to_float(p.bias[n]) : sum);
+// Call body(Constant<rows>) for 1 <= rows <= kMost.
+template <int kMost, class Body>
+BNB_INLINE void with_constant(int64_t rows, const Body& body) {
+    if constexpr (kMost > 1) {
+        if (rows < kMost) return with_constant<kMost - 1>(rows, body);
+    }
+    body(Constant<kMost>{});
 }
 
-// One weight row against kRows activations; rows and blocks begin at whole vectors.
-template <int kRows, class T>
-void stream_row(const GemmProblem<T>& p, const Activations& a, const Table16& table, int64_t m, int64_t n) {
-    F32 sum[kRows];
-    for (int r = 0; r < kRows; ++r) sum[r] = broadcast(0.0f);
-    const int64_t origin = n * p.K;
-    for (int64_t k = 0; k < p.K;) {
-        const int64_t block = (origin + k) / p.blocksize;
-        const int64_t rest = (block + 1) * p.blocksize - origin;
-        const int64_t stop = rest < p.K ? rest : p.K;
-        F32 partial[kRows];
-        for (int r = 0; r < kRows; ++r) partial[r] = broadcast(0.0f);
-        BNB_PREFETCH(p.packed + (origin + k) / 2 + kPrefetchBytes);
-        for (; k < stop; k += kWidth) {
-            const F32 weight = lookup(table, unpack_4bit(p.packed + (origin + k) / 2));
-            for (int r = 0; r < kRows; ++r) partial[r] = fma(weight, load(a.values + r * a.stride + k), partial[r]);
+constexpr int64_t kStreamSteps =
+    2048;  // words of an activation row at a time, so that all rows stay in the first-level cache
+
+// Segments that a vector of codes is a multiple of, or the other way round.
+BNB_INLINE bool can_stream(int64_t segment) { return segment >= 32 && (segment & (segment - 1)) == 0; }
+
+// Columns [first, last) of a product with kRows activation rows, which pack_vectors has packed.
+template <class Engine, int kRows, int kScales, class T>
+void stream_range(
+    const WordPanels<Engine>& source, const uint32_t* activations, const Output<T>& output, int64_t first,
+    int64_t last) {
+    constexpr int kWeights = stream_weights(kRows);
+    const int64_t chunk = kStreamSteps * Engine::kDepth, segments = source.segments(), padded = segments + kScales;
+    const int64_t columns = (last - first + kWeights - 1) / kWeights * kWeights;
+    const bool direct = source.segment == source.blocksize && !source.scales.absmax_8bit;
+    const int64_t blocks = kWeights * source.depth / source.blocksize + 2;
+    const Scratch memory(static_cast<size_t>(columns * (kRows + 1) + kWeights * padded + blocks) * sizeof(float));
+    float* const sums = memory.as<float>();
+    float* const scales = sums + columns * (kRows + 1);
+    memset(sums, 0, static_cast<size_t>(columns * kRows) * sizeof(float));
+    for (int64_t k = 0; k < source.depth; k += chunk) {
+        const int64_t codes = source.depth - k < chunk ? source.depth - k : chunk;
+        const int64_t vectors = codes / kVectorCodes, tail = codes % kVectorCodes;
+        const uint32_t* const chunk_activations = activations + k / Engine::kDepth * kRows;
+        for (int64_t column = first; column < last; column += kWeights) {
+            WeightRows<kWeights> rows;
+            const int64_t count = last - column < kWeights ? last - column : kWeights;
+            const float* const absmax =
+                direct ? nullptr : source.block_scales(column, count, scales + kWeights * padded);
+            for (int64_t w = 0; w < kWeights; ++w) {
+                const int64_t row = column + (w < count ? w : count - 1);
+                rows.packed[w] = source.row_at(row) + k / 2;
+                rows.scales[w] = source.scales.absmax + row * segments;
+                if (!direct) {
+                    source.segment_scales(absmax, column, row, 0, scales + w * padded, 1);
+                    rows.scales[w] = scales + w * padded;
+                }
+                rows.scales[w] += k / source.segment;
+            }
+            float* const target = sums + (column - first) * kRows;
+            const int64_t segment = source.segment / kVectorCodes;
+            stream_rows<Engine, kRows, kScales>(
+                rows, source.table, segment ? segment : 1, vectors, chunk_activations, target);
+            if (tail == 0) continue;
+            uint8_t codes_left[kWeights][kVectorBytes] = {};
+            float scales_left[kWeights][4] = {};
+            for (int w = 0; w < kWeights; ++w) {
+                memcpy(codes_left[w], rows.packed[w] + vectors * kVectorBytes, static_cast<size_t>(tail / 2));
+                const int64_t done = vectors * kVectorCodes / source.segment;
+                for (int64_t s = 0; s < (tail + source.segment - 1) / source.segment; ++s) {
+                    scales_left[w][s] = rows.scales[w][done + s];
+                }
+                rows.packed[w] = codes_left[w];
+                rows.scales[w] = scales_left[w];
+            }
+            stream_rows<Engine, kRows, kScales>(
+                rows, source.table, 1, 1, chunk_activations + vectors * (kVectorCodes / Engine::kDepth) * kRows,
+                target);
         }
-        const F32 scale = broadcast(p.absmax[block]);
-        for (int r = 0; r < kRows; ++r) sum[r] = fma(partial[r], scale, sum[r]);
     }
-    for (int r = 0; r < kRows; ++r) write_output(p, m + r, n, reduce_add(sum[r]));
-}
-
-template <class T>
-void stream_rows(
-    const GemmProblem<T>& p, const Activations& a, const Table16& table, int64_t m, int64_t first, int64_t last) {
-    const auto run = a.rows == 1   ? stream_row<1, T>
-                     : a.rows == 2 ? stream_row<2, T>
-                     : a.rows == 3 ? stream_row<3, T>
-                                   : stream_row<4, T>;
-    for (int64_t n = first; n < last; ++n) run(p, a, table, m, n);
-}
-
-// kRows activations against one decoded panel.
-template <int kRows, class T>
-BNB_INLINE void multiply_tile(
-    const GemmProblem<T>& p, const Activations& a, const float* panel, int64_t m, int64_t row, int64_t n,
-    int64_t columns) {
-    F32 sum[kRows][kPanel];
-    for (int r = 0; r < kRows; ++r) {
-        for (int c = 0; c < kPanel; ++c) sum[r][c] = broadcast(0.0f);
-    }
-    for (int64_t k = 0; k < a.depth; k += kWidth) {
-        F32 weight[kPanel];
-        for (int c = 0; c < kPanel; ++c) weight[c] = load(panel + c * a.stride + k);
-        for (int r = 0; r < kRows; ++r) {
-            const F32 x = load(a.values + (row + r) * a.stride + k);
-            for (int c = 0; c < kPanel; ++c) sum[r][c] = fma(x, weight[c], sum[r][c]);
-        }
-    }
-    for (int r = 0; r < kRows; ++r) {
-        for (int c = 0; c < columns; ++c) write_output(p, m + row + r, n + c, reduce_add(sum[r][c]));
+    float* const row = sums + columns * kRows;
+    for (int64_t r = 0; r < kRows; ++r) {
+        for (int64_t c = 0; c < last - first; ++c) row[c] = sums[c * kRows + r];
+        output.write(r, first, last - first, row);
     }
 }
 
-template <class T>
-void multiply_panels(
-    const GemmProblem<T>& p, const Activations& a, const Table16& table, int64_t m, int64_t first, int64_t last) {
-    const Scratch memory(static_cast<size_t>(kPanel * a.stride) * sizeof(float));
-    float* const panel = memory.as<float>();
-    for (int64_t n = first; n < last; n += kPanel) {
-        const int64_t columns = last - n < kPanel ? last - n : kPanel;
-        for (int64_t c = 0; c < kPanel; ++c) {
-            float* const row = panel + c * a.stride;
-            const int64_t begin = (n + c) * p.K;
-            const int64_t decoded = c < columns ? p.K : 0;
-            dequantize_4bit_range(p.packed, p.absmax, table, row, begin, begin + decoded, p.blocksize);
-            for (int64_t k = decoded; k < a.depth; ++k) row[k] = 0.0f;
-        }
-        int64_t row = 0;
-        for (; row + kTileRows <= a.rows; row += kTileRows) {
-            multiply_tile<kTileRows>(p, a, panel, m, row, n, columns);
-        }
-        for (; row < a.rows; ++row) multiply_tile<1>(p, a, panel, m, row, n, columns);
+// One panel times all activations, added to sums [rows][kPanelColumns].
+template <class Engine>
+void multiply_panel(
+    const Activations& a, const uint32_t* panel, int64_t step, int64_t steps, int64_t segment_steps,
+    const float* scales, float* sums) {
+    for (int64_t r = 0; r < a.rows; r += a.group) {
+        const int64_t rows = a.rows - r < a.group ? a.rows - r : a.group;
+        tile_kernel<Engine>(rows)(
+            a.at(r) + step * rows, panel, step, steps, segment_steps, scales, sums + r * kPanelColumns);
     }
+}
+
+// Columns [first, last) of a product. The panels take turns at some steps, whose activations stay in the cache.
+template <class Engine, class Source, class T>
+void multiply_range(const Source& source, const Activations& a, const Output<T>& output, int64_t first, int64_t last) {
+    const int64_t segment_steps = source.segment / Engine::kDepth + source.segment % Engine::kDepth;
+    const int64_t panels = (last - first + kPanelColumns - 1) / kPanelColumns;
+    const int64_t panel_size = kPanelSteps * kPanelColumns, scales_size = source.segments() * kPanelColumns;
+    const int64_t sums_size = a.rows * kPanelColumns;
+    const Scratch memory(
+        static_cast<size_t>(panel_size + panels * (scales_size + sums_size) + source.expanded_scales()) *
+        sizeof(float));
+    uint32_t* const panel = memory.as<uint32_t>();
+    float* const scales = memory.as<float>() + panel_size;
+    float* const sums = scales + panels * scales_size;
+    float* const expanded = sums + panels * sums_size;
+    memset(panel, 0, static_cast<size_t>(panel_size + panels * (scales_size + sums_size)) * sizeof(float));
+    const auto count_at = [&](int64_t column) { return last - column < kPanelColumns ? last - column : kPanelColumns; };
+    for (int64_t i = 0; i < panels; ++i) {
+        const int64_t column = first + i * kPanelColumns, count = count_at(column);
+        for (int64_t c = 0; c < count; c += kWidth) {
+            const int64_t rows = count - c < kWidth ? count - c : kWidth;
+            source.load_scales(column + c, rows, scales + i * scales_size + c, kPanelColumns, expanded);
+        }
+    }
+    for (int64_t step = 0; step < a.steps; step += kPanelSteps) {
+        const int64_t steps = a.steps - step < kPanelSteps ? a.steps - step : kPanelSteps;
+        for (int64_t i = 0; i < panels; ++i) {
+            const int64_t column = first + i * kPanelColumns;
+            source.decode(column, count_at(column), step, steps, panel);
+            multiply_panel<Engine>(
+                a, panel, step, steps, segment_steps, scales + i * scales_size, sums + i * sums_size);
+        }
+    }
+    for (int64_t i = 0; i < panels; ++i) {
+        const int64_t column = first + i * kPanelColumns;
+        for (int64_t r = 0; r < a.rows; ++r) {
+            output.write(r, column, count_at(column), sums + i * sums_size + r * kPanelColumns);
+        }
+    }
+}
+
+// Pack the activations and call body(activations, output, first, last) for ranges of columns, kMaxRows rows at a time.
+// Where the columns of a weight row lie together, `wide` ranges use whole cache lines of it.
+template <class Engine, class T, class Body>
+void for_activations(
+    const GemmProblem<T>& p, int64_t columns, int64_t depth, bool wide, int32_t threads, const Body& body) {
+    const int64_t most = p.M < kMaxRows ? p.M : kMaxRows;
+    const int64_t steps = (depth + Engine::kDepth - 1) / Engine::kDepth;
+    const Scratch memory(static_cast<size_t>(most * steps) * sizeof(uint32_t));
+    uint32_t* const words = memory.as<uint32_t>();
+    for (int64_t m = 0; m < p.M; m += most) {
+        const int64_t rows = p.M - m < most ? p.M - m : most, groups = (rows + kTileRows - 1) / kTileRows;
+        const Activations a{words, rows, steps, (rows + groups - 1) / groups};
+        const int64_t pack_grain = (kTaskProducts / 8 / (depth + 1) / a.group + 1) * a.group;
+        parallel_for(rows, pack_grain, threads, [&](int64_t first, int64_t last) {
+            pack_groups<Engine>(p.A + m * depth, a, words, depth, first, last);
+        });
+        const Output<T> output{p.out + m * columns, p.bias, columns};
+        const int64_t panels =
+            wide || rows > 4 * kTileRows ? 4 : kTaskProducts / (depth + 1) / rows / kPanelColumns + 1;
+        parallel_for(columns, panels * kPanelColumns, threads, [&](int64_t first, int64_t last) {
+            body(a, output, first, last);
+        });
+    }
+}
+
+template <class Engine, class T>
+void stream(const GemmProblem<T>& p, const WordPanels<Engine>& shared, int32_t threads) {
+    const int64_t vectors = (p.K + kVectorCodes - 1) / kVectorCodes;
+    const Scratch memory(static_cast<size_t>(p.M * vectors * kVectorCodes / Engine::kDepth) * sizeof(uint32_t));
+    uint32_t* const words = memory.as<uint32_t>();
+    pack_vectors<Engine>(p.A, p.M, p.K, words);
+    const Output<T> output{p.out, p.bias, p.N};
+    const int64_t grain = (kTaskProducts / (p.K + 1) / kPanelColumns + 1) * kPanelColumns;
+    parallel_for(p.N, grain, threads, [&](int64_t first, int64_t last) {
+        const WordPanels<Engine> source = shared;
+        with_constant<kStreamRows>(p.M, [&](auto rows) {
+            if (source.segment >= kVectorCodes)
+                return stream_range<Engine, rows.number, 1>(source, words, output, first, last);
+            if constexpr (kVectorCodes > 32) {
+                if (source.segment == kVectorCodes / 2)
+                    return stream_range<Engine, rows.number, 2>(source, words, output, first, last);
+            }
+            if constexpr (kVectorCodes > 64) stream_range<Engine, rows.number, 4>(source, words, output, first, last);
+        });
+    });
 }
 
 template <class T>
 void gemm_4bit(const GemmProblem<T>& p, int32_t threads) {
     if (p.M == 0 || p.N == 0) return;
-    const int64_t depth = (p.K + kWidth - 1) / kWidth * kWidth;
-    const int64_t stride = depth + 16;
-    const int64_t most = p.M < kMaxRows ? p.M : kMaxRows;
-    const Scratch memory(static_cast<size_t>(most * stride) * sizeof(float));
-    float* const widened = memory.as<float>();
-    const bool aligned = p.K % kWidth == 0 && p.blocksize % kWidth == 0;
-    const int64_t grain = ((1 << 16) / (p.K + 1) / kPanel + 1) * kPanel;
-    for (int64_t m = 0; m < p.M; m += most) {
-        const Activations a{widened, p.M - m < most ? p.M - m : most, depth, stride};
-        parallel_for(a.rows, 32768 / (stride + 1) + 1, threads, [&](int64_t first, int64_t last) {
-            for (int64_t r = first; r < last; ++r) widen(p.A + (m + r) * p.K, widened + r * stride, p.K, depth);
-        });
-        parallel_for(p.N, grain, threads, [&](int64_t first, int64_t last) {
-            const Table16 table(p.code);
-            if (aligned && a.rows <= kMaxStreamRows) {
-                stream_rows(p, a, table, m, first, last);
-            } else {
-                multiply_panels(p, a, table, m, first, last);
-            }
-        });
+    using Engine = typename EngineOf<T>::type;
+    const int64_t segment = greatest_common_divisor(p.K, p.blocksize);
+    if (segment % kWordCodes == 0) {
+        const WordPanels<Engine> shared{p.packed,    p.scales, typename Engine::Table(p.code), p.N, p.K,
+                                        p.blocksize, segment};
+        if (p.M <= kStreamRows && can_stream(segment)) return stream(p, shared, threads);
+        for_activations<Engine>(
+            p, p.N, p.K, false, threads,
+            [&](const Activations& a, const Output<T>& output, int64_t first, int64_t last) {
+                multiply_range<Engine>(shared, a, output, first, last);
+            });
+    } else {
+        const ExpandedScales scales(p, threads);
+        for_activations<Engine>(
+            p, p.N, p.K, false, threads,
+            [&](const Activations& a, const Output<T>& output, int64_t first, int64_t last) {
+                const DecodedWeight weight{p.packed, scales.absmax, Table16(p.code), p.N, p.K, p.blocksize};
+                multiply_range<Engine>(RowPanels<Engine>{weight, p.N, p.K, p.K}, a, output, first, last);
+            });
     }
+}
+
+// out [M, K] = A [M, N] times the weight [N, K]: the gradient of the activations.
+template <class T>
+void gemm_4bit_transposed(const GemmProblem<T>& p, int32_t threads) {
+    if (p.M == 0 || p.K == 0) return;
+    using Engine = typename EngineOf<T>::type;
+    const ExpandedScales scales(p, threads);
+    for_activations<Engine>(
+        p, p.K, p.N, true, threads, [&](const Activations& a, const Output<T>& output, int64_t first, int64_t last) {
+            const DecodedWeight weight{p.packed, scales.absmax, Table16(p.code), p.N, p.K, p.blocksize};
+            multiply_range<Engine>(ColumnPanels<Engine>{weight, p.K, p.N, p.N}, a, output, first, last);
+        });
 }
 
 BNB_NAMESPACE_END

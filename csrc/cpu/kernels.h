@@ -11,12 +11,22 @@
 
 namespace bnb {
 
+constexpr int64_t kNestedBlocksize = 256;  // blocks whose quantized scales share one absmax
+
+// The scale of block b: absmax[b]; or, if absmax_8bit is not null, code[absmax_8bit[b]] * absmax[b / 256] + *offset.
+struct BlockScales {
+    const float* absmax;
+    const uint8_t* absmax_8bit;
+    const float* code;
+    const float* offset;
+};
+
 // out [M, N] = A [M, K] times the transpose of a packed weight [N, K], plus an optional bias [N].
 template <class T>
 struct GemmProblem {
     const T* A;
     const uint8_t* packed;
-    const float* absmax;
+    BlockScales scales;
     const float* code;
     const T* bias;
     T* out;
@@ -88,6 +98,7 @@ struct TypedKernels {
         const uint8_t* packed, const float* absmax, const FourBitFormat& format, T* values, int64_t n,
         int64_t blocksize, int32_t threads);
     void (*gemm_4bit)(const GemmProblem<T>& problem, int32_t threads);
+    void (*gemm_4bit_transposed)(const GemmProblem<T>& problem, int32_t threads);  // A [M, N] times the weight
     void (*quantize_blockwise)(
         const float* code, const T* values, uint8_t* codes, float* absmax, int64_t n, int64_t blocksize,
         int32_t threads);

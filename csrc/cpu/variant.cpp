@@ -27,10 +27,10 @@ BNB_NAMESPACE_BEGIN
 template <class T>
 constexpr TypedKernels<T> typed_kernels() {
     return {
-        quantize_4bit<T>,         dequantize_4bit<T>,        gemm_4bit<T>,
-        quantize_blockwise<T>,    dequantize_blockwise<T>,   embedding_4bit<T>,
-        embedding_8bit<T>,        optimizer_update_32bit<T>, optimizer_update_8bit<T>,
-        optimizer_update_4bit<T>, optimizer_update_many<T>,
+        quantize_4bit<T>,         dequantize_4bit<T>,       gemm_4bit<T>,
+        gemm_4bit_transposed<T>,  quantize_blockwise<T>,    dequantize_blockwise<T>,
+        embedding_4bit<T>,        embedding_8bit<T>,        optimizer_update_32bit<T>,
+        optimizer_update_8bit<T>, optimizer_update_4bit<T>, optimizer_update_many<T>,
     };
 }
 

@@ -188,37 +188,9 @@ def test_int8_rows(variants, dtype, threshold):
         assert not quantized[:, flags.bool()].any()
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_4bit_product_is_the_decoded_one(variants, dtype):
-    """Sums differ in order between instruction sets, so they are compared with float64 instead."""
-    for M, N, K in ((1, 5, 64), (2, 33, 256), (4, 7, 128), (3, 6, 77), (70, 9, 192)):
-        A, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
-        for name, library in variants.items():
-            packed, absmax = quantize_4bit(library, torch.randn(N * K), N * K, torch.float32, "nf4", 64)
-            weight = dequantize_4bit(library, packed, absmax, N * K, torch.float32, "nf4", 64).view(N, K)
-            code, out = torch.tensor(FORMATS["nf4"].values), torch.zeros(M, N, dtype=dtype)
-            library.bnb_cpu_gemm_4bit(
-                A.data_ptr(),
-                _native.DTYPE_ID[dtype],
-                packed.data_ptr(),
-                absmax.data_ptr(),
-                code.data_ptr(),
-                bias.data_ptr(),
-                out.data_ptr(),
-                M,
-                N,
-                K,
-                64,
-                2,
-            )
-            expected = A.double() @ weight.double().T + bias.double()
-            assert (out.double() - expected).norm() / expected.norm() < torch.finfo(dtype).eps + 1e-6, name
-
-
 def test_results_do_not_depend_on_the_number_of_threads(variants):
     count = 300_001
     values = awkward(count, torch.float32)
-    A, code = torch.randn(3, 640), torch.tensor(FORMATS["nf4"].values)
     for name, library in variants.items():
 
         def run(threads):
@@ -226,13 +198,7 @@ def test_results_do_not_depend_on_the_number_of_threads(variants):
             codes, scales = quantize_blockwise(
                 library, MAPS["signed"], values, count, torch.float32, 256, threads
             )
-            out = torch.zeros(3, 400)
-            sane = torch.ones_like(absmax)
-            library.bnb_cpu_gemm_4bit(
-                A.data_ptr(), 0, packed.data_ptr(), sane.data_ptr(), code.data_ptr(), None, out.data_ptr(),
-                3, 400, 640, 64, threads,
-            )  # fmt: skip
-            return packed, absmax, codes, scales, out
+            return packed, absmax, codes, scales
 
         for threads in (0, 2, 3, 64):
             for one, other in zip(run(threads), run(1), strict=True):

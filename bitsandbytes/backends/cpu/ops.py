@@ -6,23 +6,25 @@ and dequantized values are the default backend's bit for bit; matrix products ac
 
 from __future__ import annotations
 
-from math import gcd
+import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..._formats.packing import as_bytes
-from ..._formats.table import FORMATS, NESTED_BLOCKSIZE
-from ..._native import DTYPE_ID, FORMAT_ID, lib, ptr, threads
+from ..._formats.table import FORMATS
+from ..._native import DTYPE_ID, FORMAT_ID, has_avx512bf16, lib, ptr, threads
 from ..._ops import (
     dequantize_4bit,
     dequantize_blockwise,
     gemm_4bit,
+    gemm_4bit_transposed,
     gemv_4bit,
     quantize_4bit,
     quantize_blockwise,
 )
-from ..default.ops import linear_into
+from ..default.ops import expanded, linear_into
 from .registration import native_kernel as _native_kernel
 
 __all__: list[str] = []
@@ -32,8 +34,6 @@ _CODE = {
     name: torch.tensor(format.values, dtype=torch.float32, device="cpu") for name, format in FORMATS.items()
 }
 
-# From this many rows on, decoding the weight for torch's matmul beats the fused kernel: benchmarking/bench_cpu.py.
-_FUSED_ROWS = {torch.float32: 8, torch.float16: 1024, torch.bfloat16: 8}
 _PANEL_BYTES = 2 << 20  # of decoded weight at a time: stays in the cache, and its memory is touched once
 
 
@@ -83,34 +83,41 @@ def _(A, absmax, code, blocksize, dtype, out):
     )
 
 
-def _expanded(
-    absmax: Tensor, absmax_8bit: Tensor | None, code: Tensor | None, offset: Tensor | None
-) -> Tensor:
-    """float32 scales, un-nested where they are themselves quantized."""
-    if absmax_8bit is None or code is None or offset is None:
-        return absmax
-    absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-        absmax_8bit, absmax, code, NESTED_BLOCKSIZE, torch.float32
-    )
-    return absmax + offset.float()
+@cache
+def _dense_rows(dtype: torch.dtype) -> float:
+    """From how many rows on torch's product with the decoded weight beats ours: benchmarking/bench_cpu.py.
+
+    Only where torch multiplies bfloat16 with instructions that our kernels do not use: AMX, or AVX512-BF16 when another
+    instruction set is forced.
+    """
+    if dtype is not torch.bfloat16:
+        return math.inf
+    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+        return 32
+    return 12 if has_avx512bf16() and lib.bnb_cpu_isa() != b"avx512bf16" else math.inf
 
 
 def _multiply(
-    A: Tensor, B: Tensor, shapeB, absmax: Tensor, code: Tensor, blocksize: int, bias, out: Tensor
+    A: Tensor, B: Tensor, shapeB, absmax: Tensor, code: Tensor, blocksize: int, bias, nested, out: Tensor
 ) -> None:
+    """``nested`` holds absmax_8bit, absmax_code and absmax_offset, or three times None."""
     A, B, absmax, code = A.contiguous(), B.contiguous(), absmax.contiguous(), code.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    absmax_8bit, absmax_code, absmax_offset = _contiguous(nested)
     N, K = shapeB
-    rows = A.shape[:-1].numel()
     lib.bnb_cpu_gemm_4bit(
-        ptr(A),
+        A.data_ptr(),
         DTYPE_ID[A.dtype],
-        ptr(B),
-        ptr(absmax),
-        ptr(code),
+        B.data_ptr(),
+        absmax.data_ptr(),
+        ptr(absmax_8bit),
+        ptr(absmax_code),
+        ptr(absmax_offset),
+        code.data_ptr(),
         ptr(bias),
-        ptr(out),
-        rows,
+        out.data_ptr(),
+        A.numel() // K if K else A.shape[:-1].numel(),
         N,
         K,
         blocksize,
@@ -118,9 +125,16 @@ def _multiply(
     )
 
 
+def _contiguous(nested: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    absmax_8bit, code, offset = nested
+    if absmax_8bit is None or code is None or offset is None:
+        return None, None, None
+    return absmax_8bit.contiguous(), code.contiguous(), offset.float()
+
+
 def _panel_rows(N: int, K: int, blocksize: int, itemsize: int) -> int:
     """How many weight rows to decode at a time: about a panel's bytes, starting on a block and on a byte."""
-    step = max(blocksize, 2) // gcd(max(blocksize, 2), K)
+    step = max(blocksize, 2) // math.gcd(max(blocksize, 2), K)
     return min(N, max(1, _PANEL_BYTES // max(1, K * itemsize * step)) * step)
 
 
@@ -151,13 +165,44 @@ def _decode_and_multiply(
 
 @_native_kernel(gemm_4bit, "bnb_cpu_gemm_4bit")
 def _(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset, out):
-    absmax = _expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
-    if A.shape[:-1].numel() < _FUSED_ROWS[A.dtype]:
-        _multiply(A, B, shapeB, absmax, _CODE[quant_type], blocksize, bias, out)
-    else:
+    nested = absmax_8bit, absmax_code, absmax_offset
+    if A.dtype is torch.bfloat16 and A.shape[:-1].numel() >= _dense_rows(A.dtype):
+        if absmax_8bit is not None:
+            absmax = expanded(absmax, *nested)
         _decode_and_multiply(A, B, shapeB, absmax, quant_type, blocksize, bias, out)
+    else:
+        _multiply(A, B, shapeB, absmax, _CODE[quant_type], blocksize, bias, nested, out)
 
 
 @_native_kernel(gemv_4bit, "bnb_cpu_gemm_4bit")
 def _(A, B, shapeB, absmax, code, blocksize, out):
-    _multiply(A, B, shapeB, absmax, code, blocksize, None, out)
+    _multiply(A, B, shapeB, absmax, code, blocksize, None, (None, None, None), out)
+
+
+@_native_kernel(gemm_4bit_transposed, "bnb_cpu_gemm_4bit_transposed")
+def _(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, out):
+    rows, (N, K) = A.shape[:-1].numel(), shapeB
+    if rows >= _dense_rows(A.dtype):
+        if absmax_8bit is not None:
+            absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
+        weight = dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype)
+        linear_into(A.reshape(rows, N), weight.t(), None, out.view(rows, K))
+        return
+    A, B, absmax = A.contiguous(), B.contiguous(), absmax.contiguous()
+    absmax_8bit, absmax_code, absmax_offset = _contiguous((absmax_8bit, absmax_code, absmax_offset))
+    lib.bnb_cpu_gemm_4bit_transposed(
+        ptr(A),
+        DTYPE_ID[A.dtype],
+        ptr(B),
+        ptr(absmax),
+        ptr(absmax_8bit),
+        ptr(absmax_code),
+        ptr(absmax_offset),
+        ptr(_CODE[quant_type]),
+        ptr(out),
+        rows,
+        N,
+        K,
+        blocksize,
+        threads(),
+    )

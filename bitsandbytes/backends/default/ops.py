@@ -20,6 +20,7 @@ from ..._ops import (
     dequantize_4bit_nested,
     dequantize_blockwise,
     gemm_4bit,
+    gemm_4bit_transposed,
     gemv_4bit,
     int8_double_quant,
     int8_linear,
@@ -155,6 +156,14 @@ def _(
         absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
     weight = torch.ops.bitsandbytes.dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype)
     linear_into(_rows(A), weight, bias, _rows(out))
+
+
+@gemm_4bit_transposed.kernel("default")
+def _(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, out):
+    if absmax_8bit is not None:
+        absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
+    weight = torch.ops.bitsandbytes.dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype)
+    linear_into(_rows(A), weight.t(), None, _rows(out))
 
 
 @gemv_4bit.kernel("default")

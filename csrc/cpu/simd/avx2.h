@@ -151,6 +151,42 @@ BNB_INLINE void pack_4bit(uint8_t* packed, I32 codes) {
     memcpy(packed, &raw, sizeof(raw));
 }
 
+BNB_INLINE I32 load_words(const void* source) { return {_mm256_loadu_si256(static_cast<const __m256i*>(source))}; }
+
+BNB_INLINE void store_words(void* target, I32 x) { _mm256_storeu_si256(static_cast<__m256i*>(target), x.v); }
+
+// The permutations look at three bits of each index, the blend at the fourth.
+template <int k>
+BNB_INLINE F32 lookup_nibble(const Table16& table, I32 words) {
+    return lookup(table, I32{_mm256_srli_epi32(words.v, k)});
+}
+
+BNB_INLINE void load_transposed(const void* const (&row)[kWidth], int64_t offset, I32 (&words)[kWidth]) {
+    __m256i pair[8], quad[8];
+    for (int i = 0; i < 8; i += 2) {
+        const __m256i a = load_words(static_cast<const uint8_t*>(row[i]) + offset).v;
+        const __m256i b = load_words(static_cast<const uint8_t*>(row[i + 1]) + offset).v;
+        pair[i] = _mm256_unpacklo_epi32(a, b);
+        pair[i + 1] = _mm256_unpackhi_epi32(a, b);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        quad[i] = _mm256_unpacklo_epi64(pair[i], pair[i + 2]);
+        quad[i + 1] = _mm256_unpackhi_epi64(pair[i], pair[i + 2]);
+        quad[i + 2] = _mm256_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+        quad[i + 3] = _mm256_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        words[i].v = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x20);
+        words[i + 4].v = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x31);
+    }
+}
+
+template <int count>
+BNB_INLINE F32 repeat(const float* values) {
+    if constexpr (count == 1) return broadcast(*values);
+    return {_mm256_set_m128(_mm_set1_ps(values[1]), _mm_set1_ps(values[0]))};
+}
+
 BNB_INLINE float reduce_add(F32 x) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));

@@ -139,6 +139,61 @@ BNB_INLINE void pack_4bit(uint8_t* packed, I32 codes) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm_packus_epi16(pairs, pairs));
 }
 
+BNB_INLINE I32 load_words(const void* source) { return {_mm512_loadu_si512(source)}; }
+BNB_INLINE void store_words(void* target, I32 x) { _mm512_storeu_si512(target, x.v); }
+
+// The permutation looks at four bits of each index, whatever is above them.
+template <int k>
+BNB_INLINE F32 lookup_nibble(const Table16& table, I32 words) {
+    return {_mm512_permutexvar_ps(_mm512_srli_epi32(words.v, k), table.v)};
+}
+
+// Four rows at a time, so that what is in flight stays in registers.
+BNB_INLINE void load_transposed(const void* const (&row)[kWidth], int64_t offset, I32 (&words)[kWidth]) {
+    const auto at = [&](int i) { return load_words(static_cast<const uint8_t*>(row[i]) + offset).v; };
+    __m512i quad[16];
+#define BNB_QUAD(i)                                                                                           \
+    {                                                                                                         \
+        const __m512i a = at(i), b = at(i + 1), c = at(i + 2), d = at(i + 3);                                 \
+        const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);            \
+        const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);            \
+        quad[i] = _mm512_unpacklo_epi64(ab_low, cd_low), quad[i + 1] = _mm512_unpackhi_epi64(ab_low, cd_low); \
+        quad[i + 2] = _mm512_unpacklo_epi64(ab_high, cd_high);                                                \
+        quad[i + 3] = _mm512_unpackhi_epi64(ab_high, cd_high);                                                \
+    }
+    BNB_QUAD(0);
+    BNB_QUAD(4);
+    BNB_QUAD(8);
+    BNB_QUAD(12);
+#undef BNB_QUAD
+#define BNB_COLUMNS(i)                                                                   \
+    {                                                                                    \
+        const __m512i even_low = _mm512_shuffle_i32x4(quad[i], quad[i + 4], 0x88);       \
+        const __m512i odd_low = _mm512_shuffle_i32x4(quad[i], quad[i + 4], 0xdd);        \
+        const __m512i even_high = _mm512_shuffle_i32x4(quad[i + 8], quad[i + 12], 0x88); \
+        const __m512i odd_high = _mm512_shuffle_i32x4(quad[i + 8], quad[i + 12], 0xdd);  \
+        words[i].v = _mm512_shuffle_i32x4(even_low, even_high, 0x88);                    \
+        words[i + 4].v = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);                  \
+        words[i + 8].v = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);                \
+        words[i + 12].v = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);                 \
+    }
+    BNB_COLUMNS(0);
+    BNB_COLUMNS(1);
+    BNB_COLUMNS(2);
+    BNB_COLUMNS(3);
+#undef BNB_COLUMNS
+}
+
+template <int count>
+BNB_INLINE F32 repeat(const float* values) {
+    if constexpr (count == 1) return broadcast(*values);
+    const __m128i few = count == 2 ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values))
+                                   : _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i index = _mm512_srli_epi32(lane, count == 2 ? 3 : 2);
+    return {_mm512_castsi512_ps(_mm512_permutexvar_epi32(index, _mm512_castsi128_si512(few)))};
+}
+
 BNB_INLINE float reduce_add(F32 x) { return _mm512_reduce_add_ps(x.v); }
 BNB_INLINE int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32(x.v); }
 

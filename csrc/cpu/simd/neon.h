@@ -158,6 +158,31 @@ BNB_INLINE void pack_4bit(uint8_t* packed, I32 codes) {
     packed[1] = static_cast<uint8_t>(vgetq_lane_s32(codes.v, 2) << 4 | vgetq_lane_s32(codes.v, 3));
 }
 
+BNB_INLINE I32 load_words(const void* source) { return {vld1q_s32(static_cast<const int32_t*>(source))}; }
+BNB_INLINE void store_words(void* target, I32 x) { vst1q_s32(static_cast<int32_t*>(target), x.v); }
+
+template <int k>
+BNB_INLINE F32 lookup_nibble(const Table16& table, I32 words) {
+    const uint32x4_t shifted = vshlq_u32(vreinterpretq_u32_s32(words.v), vdupq_n_s32(-k));
+    return lookup(table, I32{vreinterpretq_s32_u32(shifted)} & broadcast(int32_t(15)));
+}
+
+BNB_INLINE void load_transposed(const void* const (&row)[kWidth], int64_t offset, I32 (&words)[kWidth]) {
+    const auto at = [&](int i) { return load_words(static_cast<const uint8_t*>(row[i]) + offset).v; };
+    const int32x4x2_t upper = vtrnq_s32(at(0), at(1));
+    const int32x4x2_t lower = vtrnq_s32(at(2), at(3));
+    for (int i = 0; i < 2; ++i) {
+        words[i].v = vcombine_s32(vget_low_s32(upper.val[i]), vget_low_s32(lower.val[i]));
+        words[i + 2].v = vcombine_s32(vget_high_s32(upper.val[i]), vget_high_s32(lower.val[i]));
+    }
+}
+
+template <int count>
+BNB_INLINE F32 repeat(const float* values) {
+    static_assert(count == 1, "a vector of codes is no longer than the smallest block");
+    return broadcast(*values);
+}
+
 BNB_INLINE float reduce_add(F32 x) { return vaddvq_f32(x.v); }
 BNB_INLINE int32_t reduce_max(I32 x) { return vmaxvq_s32(x.v); }
 

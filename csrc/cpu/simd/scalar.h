@@ -120,6 +120,31 @@ BNB_INLINE void pack_4bit(uint8_t* packed, const I32& codes) {
     }
 }
 
+BNB_INLINE I32 load_words(const void* source) {
+    I32 result;
+    memcpy(result.lane, source, sizeof(result.lane));
+    return result;
+}
+
+BNB_INLINE void store_words(void* target, const I32& x) { memcpy(target, x.lane, sizeof(x.lane)); }
+
+template <int k>
+BNB_INLINE F32 lookup_nibble(const Table16& table, const I32& words) {
+    return BNB_F32(table.value[uint32_t(words.lane[i]) >> k & 15]);
+}
+
+BNB_INLINE void load_transposed(const void* const (&row)[kWidth], int64_t offset, I32 (&words)[kWidth]) {
+    for (int i = 0; i < kWidth; ++i) {
+        const I32 loaded = load_words(static_cast<const uint8_t*>(row[i]) + offset);
+        for (int j = 0; j < kWidth; ++j) words[j].lane[i] = loaded.lane[j];
+    }
+}
+
+template <int count>
+BNB_INLINE F32 repeat(const float* values) {
+    return BNB_F32(values[i * count / kWidth]);
+}
+
 BNB_INLINE float reduce_add(const F32& x) {
     float sum = 0.0f;
     for (int i = 0; i < kWidth; ++i) sum += x.lane[i];

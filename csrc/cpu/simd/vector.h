@@ -14,7 +14,12 @@
 //   lookup_many<n>(const float*, I32): n a power of two up to 256, may read 16 floats; whether that avoids a gather
 //   is kPermutesTables
 //   unpack_4bit(const uint8_t*): kWidth / 2 bytes -> kWidth codes, high nibble first; pack_4bit the inverse
+//   load_words(const void*), store_words(void*, I32): kWidth 32-bit words
+//   load_transposed(rows, offset, words): words[i] has the i-th word of each of kWidth rows, from a byte offset on
+//   repeat<n>(const float*): n floats, 1, 2 or 4, each in kWidth / n neighbouring lanes
+//   lookup_nibble<k>(Table16, I32): the entry that bits k .. k + 3 of each word name
 //   reduce_add(F32), reduce_max(I32), any_above(I32 a, I32 b): whether a > b in any lane
+//   with BNB_HAVE_PAIRS also the products of bfloat16 pairs in avx512bf16.h
 //
 // A trick only one set knows goes into that set's file, behind a name that all of them have.
 #pragma once
@@ -22,7 +27,10 @@
 #include "../../common/dtype.h"
 #include "../../common/encode.h"
 
-#if defined(BNB_SIMD_AVX512BF16) || defined(BNB_SIMD_AVX512)
+#if defined(BNB_SIMD_AVX512BF16)
+#include "avx512.h"
+#include "avx512bf16.h"
+#elif defined(BNB_SIMD_AVX512)
 #include "avx512.h"
 #elif defined(BNB_SIMD_AVX2)
 #include "avx2.h"

@@ -1,0 +1,76 @@
+// How weights and activations are multiplied: what one step of the sum is, for both kernels of gemm_4bit.inl.
+//
+// A step is what one 32-bit word of an activation row holds: one float, or, where the instruction set has products of
+// bfloat16 pairs, two of those. A weight vector holds the same step of kWidth outputs. Eight codes of a row are one
+// word of the packed weight, so a vector of words, one from each of kWidth rows, decodes to 8 / kDepth weight vectors
+// without touching memory. Codes are decoded as they stand; the block's absmax scales the sum over the block.
+#pragma once
+
+BNB_NAMESPACE_BEGIN
+
+struct FloatEngine {
+    using Weight = F32;
+    using Table = Table16;
+    static constexpr int64_t kDepth = 1;  // values of one step
+
+    template <int step>
+    static BNB_INLINE Weight decode(const Table& table, I32 words) {
+        return lookup_nibble<8 * (step / 2) + (step % 2 ? 0 : 4)>(table, words);
+    }
+    static BNB_INLINE Weight load_weight(const uint32_t* source) {
+        return load(reinterpret_cast<const float*>(source));
+    }
+    static BNB_INLINE void store_weight(uint32_t* target, Weight w) { store(reinterpret_cast<float*>(target), w); }
+    static BNB_INLINE Weight load_step(const uint32_t* word) {
+        return broadcast(*reinterpret_cast<const float*>(word));
+    }
+    static BNB_INLINE F32 add_product(F32 sum, Weight w, Weight a) { return fma(w, a, sum); }
+    static BNB_INLINE Weight join(const F32* values) { return values[0]; }  // the kDepth values of one step
+};
+
+#ifdef BNB_HAVE_PAIRS
+struct PairEngine {
+    using Weight = I32;
+    using Table = PairTable;
+    static constexpr int64_t kDepth = 2;
+
+    template <int step>
+    static BNB_INLINE Weight decode(const Table& table, I32 words) {
+        return lookup_pair<step>(table, words);
+    }
+    static BNB_INLINE Weight load_weight(const uint32_t* source) { return load_words(source); }
+    static BNB_INLINE void store_weight(uint32_t* target, Weight w) { store_words(target, w); }
+    static BNB_INLINE Weight load_step(const uint32_t* word) {
+        return broadcast(*reinterpret_cast<const int32_t*>(word));
+    }
+    static BNB_INLINE F32 add_product(F32 sum, Weight w, Weight a) { return add_pair_products(sum, w, a); }
+    static BNB_INLINE Weight join(const F32* values) { return round_to_pairs(values[0], values[1]); }
+};
+#endif
+
+template <class T>
+struct EngineOf {
+    using type = FloatEngine;
+};
+#ifdef BNB_HAVE_PAIRS
+template <>
+struct EngineOf<BFloat16> {
+    using type = PairEngine;
+};
+#endif
+
+// Call body(Constant<0>{}) ... body(Constant<count - 1>{}): a loop whose index is a template argument.
+template <int value>
+struct Constant {
+    static constexpr int number = value;
+};
+
+template <int count, class Body>
+BNB_INLINE void unrolled(const Body& body) {
+    if constexpr (count > 0) {
+        unrolled<count - 1>(body);
+        body(Constant<count - 1>{});
+    }
+}
+
+BNB_NAMESPACE_END

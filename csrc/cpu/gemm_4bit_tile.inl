@@ -1,0 +1,131 @@
+// The two inner kernels of a product with a 4-bit weight: codes straight from the packed bytes, and a decoded panel.
+//
+// stream_rows decodes whole words of a few weight rows in registers, in the order they lie in memory, and is limited by
+// memory for one activation row. multiply_tile multiplies up to kTileRows activation rows with a panel that was decoded
+// into the first-level cache for all of them; its accumulators fill the register file, so it is limited by the
+// multiplier. In both, the absmax scales the sum over a segment: the codes that no row's block border divides.
+#pragma once
+
+#include "gemm_4bit_engine.inl"
+
+BNB_NAMESPACE_BEGIN
+
+constexpr int kTileRows = kWidth >= 16 ? 8 : 4;
+constexpr int kTileVectors = 2;
+constexpr int64_t kPanelColumns = kTileVectors * kWidth;
+constexpr int kStreamRows = 4;                         // activations that stream_rows takes at most
+constexpr int64_t kWordCodes = 8;                      // codes of one 32-bit word
+constexpr int64_t kVectorCodes = kWordCodes * kWidth;  // codes of a row that are loaded together
+constexpr int64_t kVectorBytes = kVectorCodes / 2;
+constexpr int64_t kPrefetchBytes = 1024;
+
+// --- streaming -------------------------------------------------------------------------------------------------------
+
+// Weight rows that stream_rows takes together: their sums fit the register file twice.
+constexpr int stream_weights(int rows) {
+    return (kWidth >= 16 ? rows <= 2 : rows == 1) ? 4 : kWidth >= 16 || rows == 2 ? 2 : 1;
+}
+
+// The same of some weight rows: their packed codes, and the absmax of each segment.
+template <int kWeights>
+struct WeightRows {
+    const uint8_t* packed[kWeights];
+    const float* scales[kWeights];
+};
+
+// sums [kWeights][kRows] += products of weight and activation rows over `vectors` vectors of codes. A segment is
+// kVectorCodes / kScales codes or, if kScales is 1, `segment` whole vectors.
+template <class Engine, int kRows, int kScales>
+void stream_rows(
+    const WeightRows<stream_weights(kRows)>& rows, const typename Engine::Table& shared, int64_t segment,
+    int64_t vectors, const uint32_t* activations, float* sums) {
+    constexpr int kSteps = int(kWordCodes / Engine::kDepth), kWeights = stream_weights(kRows);
+    const typename Engine::Table table = shared;
+    const WeightRows<kWeights> row = rows;
+    F32 total[kWeights * kRows];
+    unrolled<kWeights * kRows>([&](auto i) { total[i.number] = broadcast(0.0f); });
+    for (int64_t vector = 0, segments = 0; vector < vectors;) {
+        F32 sum[kWeights * kRows];
+        unrolled<kWeights * kRows>([&](auto i) { sum[i.number] = broadcast(0.0f); });
+        const int64_t stop = vectors - vector < segment ? vectors : vector + segment;
+        for (; vector < stop; ++vector) {
+            I32 words[kWeights];
+            unrolled<kWeights>([&](auto w) {
+                const uint8_t* const source = row.packed[w.number] + vector * kVectorBytes;
+                words[w.number] = load_words(source);
+                BNB_PREFETCH(source + kPrefetchBytes);
+            });
+            unrolled<kSteps>([&](auto step) {
+                typename Engine::Weight weight[kWeights];
+                unrolled<kWeights>(
+                    [&](auto w) { weight[w.number] = Engine::template decode<step.number>(table, words[w.number]); });
+                unrolled<kRows>([&](auto r) {
+                    const auto a = Engine::load_weight(activations + (step.number * kRows + r.number) * kWidth);
+                    unrolled<kWeights>([&](auto w) {
+                        F32& target = sum[w.number * kRows + r.number];
+                        target = Engine::add_product(target, weight[w.number], a);
+                    });
+                });
+            });
+            activations += kSteps * kRows * kWidth;
+        }
+        unrolled<kWeights>([&](auto w) {
+            const F32 scale = repeat<kScales>(row.scales[w.number] + segments * kScales);
+            unrolled<kRows>([&](auto r) {
+                F32& target = total[w.number * kRows + r.number];
+                target = fma(sum[w.number * kRows + r.number], scale, target);
+            });
+        });
+        ++segments;
+    }
+    unrolled<kWeights * kRows>([&](auto i) { sums[i.number] += reduce_add(total[i.number]); });
+}
+
+// --- panels ----------------------------------------------------------------------------------------------------------
+
+// sums [kRows][kPanelColumns] += activations [steps][kRows] times panel [steps][kPanelColumns], for the steps from
+// `step` on; scales [segments][kPanelColumns] has the absmax of every `segment_steps` steps from 0 on.
+template <class Engine, int kRows>
+void multiply_tile(
+    const uint32_t* activations, const uint32_t* panel, int64_t step, int64_t steps, int64_t segment_steps,
+    const float* scales, float* sums) {
+    constexpr int kSums = kRows * kTileVectors;
+    F32 total[kSums];
+    unrolled<kSums>([&](auto i) { total[i.number] = broadcast(0.0f); });
+    const int64_t end = step + steps;
+    int64_t border = step / segment_steps * segment_steps;
+    scales += step / segment_steps * kPanelColumns;
+    while (step < end) {
+        border += segment_steps;
+        const int64_t stop = border < end ? border : end;
+        F32 sum[kSums];
+        unrolled<kSums>([&](auto i) { sum[i.number] = broadcast(0.0f); });
+        for (; step < stop; ++step) {
+            typename Engine::Weight weight[kTileVectors];
+            unrolled<kTileVectors>([&](auto v) { weight[v.number] = Engine::load_weight(panel + v.number * kWidth); });
+            unrolled<kRows>([&](auto r) {
+                const auto a = Engine::load_step(activations + r.number);
+                unrolled<kTileVectors>([&](auto v) {
+                    F32& target = sum[r.number * kTileVectors + v.number];
+                    target = Engine::add_product(target, weight[v.number], a);
+                });
+            });
+            panel += kPanelColumns;
+            activations += kRows;
+        }
+        unrolled<kTileVectors>([&](auto v) {
+            const F32 scale = load(scales + v.number * kWidth);
+            unrolled<kRows>([&](auto r) {
+                F32& target = total[r.number * kTileVectors + v.number];
+                target = fma(sum[r.number * kTileVectors + v.number], scale, target);
+            });
+        });
+        scales += kPanelColumns;
+    }
+    unrolled<kSums>([&](auto i) {
+        float* const target = sums + i.number * kWidth;
+        store(target, load(target) + total[i.number]);
+    });
+}
+
+BNB_NAMESPACE_END

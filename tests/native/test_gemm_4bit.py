@@ -1,0 +1,167 @@
+"""Products with a 4-bit weight on every instruction set of this machine, against float64.
+
+Sums differ in order between instruction sets and between the kernels for few and for many rows, so results are not
+compared bit for bit; with the number of threads they must not change at all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitsandbytes import _native, functional as F
+from bitsandbytes._formats.table import BLOCKSIZES, FLOAT_DTYPES, FORMATS
+
+# N, K, blocksize. K: whole blocks; whole words with blocks that cross rows; less than one word; odd; more than the
+# kernels take at a time. N: less than a vector, odd, more than a panel.
+SHAPES = [
+    (16, 128, 32),
+    (37, 96, 32),
+    (130, 256, 64),
+    (64, 320, 4096),
+    (5, 520, 64),
+    (70, 8, 32),
+    (33, 1000, 128),
+    (19, 77, 64),
+    (1, 1, 32),
+    (66, 4, 64),
+    (9, 4480, 64),
+    (3, 8256, 4096),
+]
+ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 70]
+
+
+class Weight:
+    """A packed weight with random codes, its scales nested or not, and what it decodes to."""
+
+    def __init__(self, N: int, K: int, blocksize: int, code: Tensor, nested: bool = False) -> None:
+        self.shape, self.blocksize, self.code = (N, K), blocksize, code
+        blocks = -(N * K // -blocksize)
+        codes = torch.randint(16, (N * K + N * K % 2,), dtype=torch.uint8)
+        self.packed = codes[0::2] << 4 | codes[1::2]
+        self.scales = [torch.rand(blocks) + 0.5, None, None, None]
+        scales = self.scales[0]
+        if nested:
+            quantized, state = F.quantize_blockwise(scales - 1.0, blocksize=256)
+            self.scales = [state.absmax, quantized, state.code, torch.ones(1)]
+            scales = F.dequantize_blockwise(quantized, state) + 1.0
+        expanded = scales.repeat_interleave(blocksize)[: N * K].double()
+        self.decoded = (code.double()[codes[: N * K].int()] * expanded).view(N, K)
+
+    def multiply(self, library, A: Tensor, bias: Tensor | None = None, threads: int = 1) -> Tensor:
+        N, K = self.shape
+        out = torch.full((A.shape[0] + 1, N), math.nan, dtype=A.dtype)
+        arguments = (A, _native.DTYPE_ID[A.dtype], self.packed, *self.scales, self.code, bias, out)
+        library.bnb_cpu_gemm_4bit(*map(address, arguments), A.shape[0], N, K, self.blocksize, threads)
+        assert out[-1].isnan().all(), "wrote past the end"
+        return out[:-1]
+
+    def multiply_transposed(self, library, A: Tensor, threads: int = 1) -> Tensor:
+        N, K = self.shape
+        out = torch.full((A.shape[0] + 1, K), math.nan, dtype=A.dtype)
+        arguments = (A, _native.DTYPE_ID[A.dtype], self.packed, *self.scales, self.code, out)
+        library.bnb_cpu_gemm_4bit_transposed(
+            *map(address, arguments), A.shape[0], N, K, self.blocksize, threads
+        )
+        assert out[-1].isnan().all(), "wrote past the end"
+        return out[:-1]
+
+
+def address(value):
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def nf4() -> Tensor:
+    return torch.tensor(FORMATS["nf4"].values)
+
+
+def assert_close(result: Tensor, expected: Tensor, what: object) -> None:
+    """Norm-wise: weights and results round once in the activations' dtype; float32 sums."""
+    eps = torch.finfo(result.dtype).eps
+    error = (result.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error <= eps + 1e-6, (what, error)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("problem", SHAPES, ids=str)
+def test_product_is_the_decoded_one_for_any_number_of_rows(variants, problem, dtype, nested):
+    weight = Weight(*problem, nf4(), nested)
+    N, K = weight.shape
+    for name, library in variants.items():
+        for M in ROWS if name != "neon" else ROWS[::4]:  # an emulator is slow
+            A, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
+            expected = A.double() @ weight.decoded.T
+            assert_close(weight.multiply(library, A), expected, (name, M))
+            assert_close(weight.multiply(library, A, bias, 2), expected + bias.double(), (name, M, "bias"))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("problem", SHAPES, ids=str)
+def test_transposed_product_is_the_decoded_one(variants, problem, dtype, nested):
+    weight = Weight(*problem, nf4(), nested)
+    for name, library in variants.items():
+        for M in (1, 2, 7, 33):
+            A = torch.randn(M, weight.shape[0]).to(dtype)
+            assert_close(weight.multiply_transposed(library, A, 2), A.double() @ weight.decoded, (name, M))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_large_problems_meet_the_bound_of_their_dtype(library, dtype):
+    """Long sums and more rows than share one decoded panel."""
+    weight = Weight(200, 2048, 64, nf4())
+    bound = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 1e-5}[dtype]
+    for M in (1, 4, 16, 100, 500):
+        A, B = torch.randn(M, 2048).to(dtype), torch.randn(M, 200).to(dtype)
+        for result, expected in (
+            (weight.multiply(library, A), A.double() @ weight.decoded.T),
+            (weight.multiply_transposed(library, B), B.double() @ weight.decoded),
+        ):
+            assert (result.double() - expected).norm() / expected.norm() <= bound
+
+
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("M", [1, 5])
+def test_any_codebook_and_block_size(variants, M, blocksize):
+    weight = Weight(40, 4224, blocksize, torch.randn(16) * torch.logspace(-3, 3, 16))
+    for dtype in FLOAT_DTYPES[: 1 if M > 1 else None]:
+        A = torch.randn(M, 4224).to(dtype) / 1000
+        for name, library in variants.items():
+            assert_close(weight.multiply(library, A), A.double() @ weight.decoded.T, name)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(variants, dtype):
+    weight = Weight(700, 640, 64, nf4())
+    for M in (1, 3, 8, 70):
+        A, B = torch.randn(M, 640).to(dtype), torch.randn(M, 700).to(dtype)
+        for name, library in variants.items():
+            for threads in (2, 3, 64):
+                one, other = weight.multiply(library, A), weight.multiply(library, A, None, threads)
+                assert torch.equal(one, other), (name, M, threads)
+                one, other = (weight.multiply_transposed(library, B, t) for t in (1, threads))
+                assert torch.equal(one, other), (name, M, threads)
+
+
+def test_a_row_of_nan_leaves_other_rows_alone(variants):
+    weight = Weight(40, 256, 64, nf4())
+    for M in (3, 9, 40):
+        A = torch.randn(M, 256)
+        A[1] = math.nan
+        for name, library in variants.items():
+            result = weight.multiply(library, A)
+            assert result[1].isnan().all(), name
+            assert_close(result[2:], A[2:].double() @ weight.decoded.T, name)
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(0, 4, 64), (2, 0, 64), (3, 4, 0)])
+def test_empty_products(variants, M, N, K):
+    bias = torch.randn(N)
+    weight = Weight(N, K, 64, nf4())
+    for library in variants.values():
+        assert torch.equal(weight.multiply(library, torch.randn(M, K), bias), bias.expand(M, N))
+        assert torch.equal(weight.multiply_transposed(library, torch.randn(M, N)), torch.zeros(M, K)) or N
