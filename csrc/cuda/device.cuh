@@ -30,6 +30,18 @@ inline Device current_device() {
     return {ordinal, static_cast<int>(packed >> 16), static_cast<int>(packed & 0xffffu)};
 }
 
+// As many of the wanted CTAs as a multiprocessor holds, of the architecture being compiled for: for launch bounds.
+constexpr int resident_ctas(int wanted, int threads) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+    constexpr int kMost = 2048;
+#elif __CUDA_ARCH__ == 750
+    constexpr int kMost = 1024;
+#else
+    constexpr int kMost = 1536;
+#endif
+    return wanted * threads <= kMost ? wanted : kMost / threads;
+}
+
 inline unsigned grid_size(int64_t ctas) {
     require(ctas < int64_t(1) << 31, "the tensor is too large for one launch: ", ctas, " blocks of threads");
     return static_cast<unsigned>(ctas);

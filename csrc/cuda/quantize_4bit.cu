@@ -1,9 +1,10 @@
 // 4-bit quantization: the largest magnitude of each block, then two codes per byte, the first in the high nibble.
 //
-// Memory bound: sizeof(T) bytes in, half a byte and 4 / blocksize bytes of absmax out per value. Encoding is one
-// look-up: even buckets over [-1, 1] (over magnitudes for FP4) are narrower than the closest thresholds, so a bucket
-// holds at most one. The lanes of a warp hold the table, a bucket each, and ask one another by shuffle, which unlike
-// shared memory knows no bank conflicts.
+// Memory bound: sizeof(T) bytes in, half a byte and 4 / blocksize bytes of absmax out per value, if encoding costs no
+// more than a dozen instructions. Both formats are denser near zero, so a parabola through zero on either side guesses
+// a value's rank among the thresholds to within one, and a comparison with one threshold settles it. The lanes of a
+// warp hold the thresholds, one each, and ask one another by shuffle, which unlike shared memory knows no bank
+// conflicts.
 
 #include <cuda_fp16.h>
 
@@ -16,99 +17,92 @@ namespace bnb {
 namespace {
 
 constexpr int kWarpsPerCta = 8;
+constexpr float kHighest = 1.0f;  // has the highest code, which is NaN's
 
-struct Grid {
-    float scale, shift;  // shift is whole: the kernel adds it to a number whose last bit is worth one
-};
-constexpr Grid kNf4Grid{15.49f, 16.0f};  // [-1, 1] -> buckets 1..31
-constexpr Grid kFp4Grid{15.3f, 0.0f};    // magnitudes -> buckets 0..15
+// A guess is kZero + ceil(x * (kSlope - kCurve * |x|)): -1..15 in [-1, 1], and exact about the sign of x, as the
+// rounding is upwards and the product fused.
+constexpr float kSlope = 13.4f, kCurve = 6.1f;
+constexpr int kZero = 6;
 
-// A value's rank among the thresholds is `base` of its bucket, plus one if it is above the bucket's threshold.
-struct Buckets {
-    float threshold[kLanes];
-    int base[kLanes];
-};
-
-constexpr double place_in(const Grid& grid, float threshold) {
-    return double(threshold) * grid.scale + grid.shift + 0.5;
-}
-
-constexpr Buckets make_buckets(const Grid& grid, const float* thresholds, int count) {
-    Buckets buckets{};
-    for (int lane = 0; lane < kLanes; ++lane) {
-        buckets.threshold[lane] = 3.0f;  // above every scaled value
-        for (int i = 0; i < count; ++i) {
-            const int home = static_cast<int>(place_in(grid, thresholds[i]));
-            if (home < lane) buckets.base[lane] = i + 1;
-            if (home == lane) buckets.threshold[lane] = thresholds[i];
-        }
-    }
-    return buckets;
-}
-
-// No two thresholds share a bucket, and none lies within rounding of a bucket's edge.
-constexpr bool separates(const Grid& grid, const float* thresholds, int count) {
+// A threshold's own guess must be its index: then values between two thresholds guess the index of either.
+constexpr bool guesses(const float* thresholds, int count, int skipped) {
     for (int i = 0; i < count; ++i) {
-        const double place = place_in(grid, thresholds[i]);
-        const double part = place - static_cast<int>(place);
-        if (part < 1e-4 || part > 1 - 1e-4) return false;
-        if (i > 0 && static_cast<int>(place_in(grid, thresholds[i - 1])) == static_cast<int>(place)) return false;
+        const double x = thresholds[i < skipped ? i : i + 1];
+        const double guess = kZero + x * (kSlope - kCurve * (x < 0 ? -x : x));
+        if (guess < i - 1 + 1e-3 || guess > i - 1e-3) return false;
     }
-    return true;
+    return kSlope > 2 * kCurve;  // ascending up to one
 }
 
-static_assert(separates(kNf4Grid, kNf4.thresholds, 15), "NF4 needs another grid");
-static_assert(separates(kFp4Grid, kFp4.thresholds + 8, 7), "FP4 needs another grid");
-__constant__ Buckets kNf4Buckets = make_buckets(kNf4Grid, kNf4.thresholds, 15);
-__constant__ Buckets kFp4Buckets = make_buckets(kFp4Grid, kFp4.thresholds + 8, 7);
+// By guess. Of FP4's thresholds the one at zero, between its zeros of either sign, is left out.
+struct Thresholds {
+    float of[kLanes];
+};
 
-// One lane's share of the bucket table and the encoder that asks its neighbours for theirs. All lanes of the warp
-// must call encode together.
+constexpr Thresholds make_thresholds(const FourBitFormat& format, int count, int skipped) {
+    Thresholds thresholds{};
+    for (int lane = 0; lane < kLanes; ++lane) thresholds.of[lane] = 3.0f;  // above every scaled value
+    for (int i = 0; i < count; ++i) thresholds.of[i] = format.thresholds[i < skipped ? i : i + 1];
+    thresholds.of[kLanes - 1] = -3.0f;  // the guess -1
+    return thresholds;
+}
+
+static_assert(guesses(kNf4.thresholds, 15, 15), "NF4 needs another parabola");
+static_assert(guesses(kFp4.thresholds, 14, 7) && kFp4.thresholds[7] == 0.0f, "FP4 needs another parabola");
+__device__ const Thresholds kNf4Thresholds = make_thresholds(kNf4, 15, 15);
+__device__ const Thresholds kFp4Thresholds = make_thresholds(kFp4, 14, 7);
+
+// Eight codes in the making, a nibble each.
+struct Codes {
+    uint32_t guesses, above;
+};
+
+// One lane's threshold and the encoder that asks its neighbours for theirs. All lanes of the warp must call put
+// together.
 template <bnb_format kFormat>
 class Encoder {
   public:
-    __device__ explicit Encoder(int lane) {
-        const Buckets& buckets = kFormat == BNB_FORMAT_NF4 ? kNf4Buckets : kFp4Buckets;
-        threshold_ = buckets.threshold[lane];
-        base_ = buckets.base[lane];
+    __device__ explicit Encoder(int lane)
+        : threshold_(__ldg((kFormat == BNB_FORMAT_NF4 ? kNf4Thresholds : kFp4Thresholds).of + lane)) {}
+
+    __device__ static Codes start() { return {-kMagicBits * 0x11111111u, 0}; }
+
+    // Put the code of a scaled value, not NaN, at bit kAt.
+    template <int kAt>
+    __device__ __forceinline__ void put(float scaled, Codes& codes) const {
+        const float factor = fmaf(fabsf(scaled), -kCurve, kSlope);
+        const uint32_t guess = __float_as_uint(__fmaf_ru(scaled, factor, kMagic + kZero));
+        codes.guesses += guess << kAt;
+        if (scaled > __shfl_sync(~0u, threshold_, guess)) codes.above += 1u << kAt;
     }
 
-    // Put a scaled value's code at bit `at` of a word. NaN takes the highest bucket.
-    template <int kAt>
-    __device__ __forceinline__ void encode(float scaled, uint32_t& word) const {
+    __device__ static uint32_t finish(const Codes& codes) {
         if constexpr (kFormat == BNB_FORMAT_NF4) {
-            // NaN's bits choose the last bucket, past the highest threshold.
-            const int bucket = bucket_of_grid(kNf4Grid, scaled);
-            word += static_cast<uint32_t>(__shfl_sync(~0u, base_, bucket)) << kAt;
-            if (scaled > __shfl_sync(~0u, threshold_, bucket)) word += 1u << kAt;
+            return codes.guesses + codes.above;
         } else {
-            word |= encode_fp4(scaled) << kAt;
+            return fp4_codes(codes);
         }
     }
 
   private:
-    __device__ static int bucket_of_grid(const Grid grid, float x) {
-        constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
-        return __float_as_int(fmaf(x, grid.scale, grid.shift + kMagic));
-    }
+    static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: a sum's low bits are the rounded integer
+    static constexpr uint32_t kMagicBits = 0x4b400000u;
 
-    // Above a threshold means strictly above for positive values, hence at or above in magnitude for negative ones:
-    // one step towards larger magnitudes moves the comparison. The two zeros are told apart by the sign of what
-    // rounds to them, the other way round.
-    __device__ __forceinline__ uint32_t encode_fp4(float scaled) const {
-        const float magnitude = fminf(fabsf(scaled), 1.0f);
-        const bool negative = scaled < 0.0f;
-        const float compared = negative ? __uint_as_float(__float_as_uint(magnitude) + 1) : magnitude;
-        const int bucket = bucket_of_grid(kFp4Grid, magnitude);
-        uint32_t rank = __shfl_sync(~0u, base_, bucket);
-        if (compared > __shfl_sync(~0u, threshold_, bucket)) ++rank;
-        const uint32_t code = (0x32547610u >> (4 * rank)) & 7u;
-        const bool sign = rank == 0 ? scaled > 0.0f : negative;
-        return code | (sign ? 8u : 0u);
+    // Nibble by nibble: rank 0..15 to FP4's code, which is a sign and the index of a magnitude. Ranks 7 and 8 are the
+    // zeros, of values that are not above zero and of those that are; the latter's code has the sign bit.
+    __device__ static uint32_t fp4_codes(const Codes& codes) {
+        static_assert(
+            kFp4.codes[7] == 0 && kFp4.codes[8] == 8 && kFp4.codes[9] == 1 && kFp4.codes[10] == 6 &&
+            kFp4.codes[11] == 7 && kFp4.codes[12] == 4 && kFp4.codes[14] == 2 && kFp4.codes[15] == 3);
+        const uint32_t positive = (codes.guesses + 0x11111111u) & 0x88888888u;
+        const uint32_t rank = codes.guesses + codes.above + (positive >> 3);
+        const uint32_t mirror = 0x77777777u - positive + (positive >> 3);  // 7 for ranks below 8
+        const uint32_t magnitude = (rank ^ mirror) & 0x77777777u;
+        const uint32_t sign = (positive ^ (magnitude + 0x77777777u)) & 0x88888888u;
+        return (magnitude ^ ((magnitude & 0x22222222u) << 1)) | sign;
     }
 
     float threshold_;
-    int base_;
 };
 
 // The whole blocks of a tensor; `whole` is a multiple of kBlock.
@@ -119,18 +113,20 @@ __global__ void __launch_bounds__(kWarpsPerCta* kLanes) quantize_4bit_kernel(
     const Encoder<kFormat> encoder(threadIdx.x % kLanes);
     const int64_t warp = int64_t(blockIdx.x) * kWarpsPerCta + threadIdx.x / kLanes;
     const int64_t start = warp * BlockShare<kBlock>::kValues;
-    scale_blocks<kBlock>(values, absmax, start, whole, aligned, [&](int64_t at, const float (&scaled)[kChunk]) {
-        uint32_t word = 0;
-        encoder.template encode<4>(scaled[0], word);
-        encoder.template encode<0>(scaled[1], word);
-        encoder.template encode<12>(scaled[2], word);
-        encoder.template encode<8>(scaled[3], word);
-        encoder.template encode<20>(scaled[4], word);
-        encoder.template encode<16>(scaled[5], word);
-        encoder.template encode<28>(scaled[6], word);
-        encoder.template encode<24>(scaled[7], word);
-        if (at >= 0) __stcs(reinterpret_cast<uint32_t*>(packed + at / 2), word);
-    });
+    uint8_t* const target = packed + (start + threadIdx.x % kLanes * kChunk) / 2;
+    scale_blocks<kBlock>(
+        values, absmax, start, whole, aligned, kHighest, [&](int at, const float (&scaled)[kChunk], bool exists) {
+            Codes codes = encoder.start();
+            encoder.template put<4>(scaled[0], codes);
+            encoder.template put<0>(scaled[1], codes);
+            encoder.template put<12>(scaled[2], codes);
+            encoder.template put<8>(scaled[3], codes);
+            encoder.template put<20>(scaled[4], codes);
+            encoder.template put<16>(scaled[5], codes);
+            encoder.template put<28>(scaled[6], codes);
+            encoder.template put<24>(scaled[7], codes);
+            if (exists) __stcs(reinterpret_cast<uint32_t*>(target + at / 2), encoder.finish(codes));
+        });
 }
 
 // The short block at the end, by one warp.
@@ -143,10 +139,11 @@ __global__ void quantize_4bit_tail_kernel(
     if (lane == 0) *absmax = scale;
     for (int start = 0; start < count; start += 2 * kLanes) {  // as many rounds for every lane: they encode together
         const int i = start + 2 * lane;
-        uint32_t byte = 0;
-        encoder.template encode<4>(i < count ? __fdiv_rn(to_float(values[i]), scale) : 0.0f, byte);
-        encoder.template encode<0>(i + 1 < count ? __fdiv_rn(to_float(values[i + 1]), scale) : 0.0f, byte);
-        if (i < count) packed[i / 2] = static_cast<uint8_t>(byte);
+        Codes codes = encoder.start();
+        encoder.template put<4>(i < count ? fminf(__fdiv_rn(to_float(values[i]), scale), kHighest) : 0.0f, codes);
+        encoder.template put<0>(
+            i + 1 < count ? fminf(__fdiv_rn(to_float(values[i + 1]), scale), kHighest) : 0.0f, codes);
+        if (i < count) packed[i / 2] = static_cast<uint8_t>(encoder.finish(codes));
     }
 }
 

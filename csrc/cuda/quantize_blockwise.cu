@@ -2,14 +2,15 @@
 // 256-entry map for every value; a tie takes the lower entry.
 //
 // Memory bound: sizeof(T) + 1 bytes per value. A lane owns chunks of 8 consecutive values and a warp a run of them, as
-// in 4-bit quantization. The search for the nearest entry starts at the first entry that a value's leading bits (sign,
-// exponent, six mantissa bits) allow. Where no two of the map's midpoints share those bits, as in the maps in use, one
-// comparison ends it; other maps walk up from there. That table of starting points is made once per CTA from the map
-// itself, and the grid is persistent to pay for it once.
+// in 4-bit quantization. The leading bits of a value (sign, exponent, six mantissa bits) choose a word of a table in
+// shared memory: the first entry that they allow, and the remaining bits of the one midpoint that they may share. Where
+// no two midpoints share them, as in the map in use, comparing the remaining bits ends the search; other maps walk up
+// from there. The table is made once per CTA from the map itself, and the grid is persistent to pay for it once.
 
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "device.cuh"
 #include "launchers.h"
@@ -18,102 +19,138 @@
 namespace bnb {
 namespace {
 
-constexpr int kThreads = 256;
+template <class T, int kBlock>
+struct Tuning {
+    static constexpr int kThreads = 256;
+    static constexpr int kHeld = BlockShare<kBlock>::kChunks * Chunk<T>::kWords;           // registers, of values
+    static constexpr int kCtas = kHeld <= 16 ? 6 : kHeld <= 32 ? 4 : kHeld <= 64 ? 2 : 1;  // per multiprocessor
+};
+
 constexpr int kEntries = 256;
-constexpr int kMantissaBits = 6;  // of the bits that choose a starting point
-constexpr int kDropped = 23 - kMantissaBits;
-constexpr uint32_t kLowest = (127u - 24u) << kMantissaBits;           // magnitudes below 2^-24 share one
-constexpr uint32_t kPerSign = (127u << kMantissaBits) - kLowest + 1;  // up to and including 1
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kMantissaBits = 6;
+constexpr int kRest = 23 - kMantissaBits;
 
-// Midpoints of the map and where to start looking, in shared memory.
-class NearestEntry {
+// The midpoints of the map, which separate its entries; in shared memory, made by all threads of the CTA together.
+class Midpoints {
   public:
-    struct Storage {
-        float midpoints[kEntries];  // the last is infinite
-        uint8_t start[2 * kPerSign];
-    };
-
-    // Made by all threads of the CTA together.
-    __device__ NearestEntry(Storage& storage, const float* __restrict__ map) : storage_(storage) {
+    __device__ void make(const float* __restrict__ map) {
         for (int i = threadIdx.x; i < kEntries; i += blockDim.x) {
-            storage_.midpoints[i] = i < kEntries - 1 ? midpoint(map[i], map[i + 1]) : __int_as_float(0x7f800000);
+            of_[i] = i < kEntries - 1 ? midpoint(map[i], map[i + 1]) : kInfinity;
         }
         __syncthreads();
-        bool one_step = true;
-        for (uint32_t key = threadIdx.x; key < 2 * kPerSign; key += blockDim.x) {
-            const int lowest = bucket_of(bound_of(key, false), storage_.midpoints, kEntries - 1);
-            const int highest = bucket_of(bound_of(key, true), storage_.midpoints, kEntries - 1);
-            storage_.start[key] = lowest;
-            one_step = one_step && highest - lowest <= 1 && (key != kPerSign - 1 || lowest == kEntries - 1);
-        }
-        one_step_ = __syncthreads_and(one_step);
     }
 
-    // Whether every search ends after one comparison, and NaN's at the highest entry without any.
-    __device__ bool one_step() const { return one_step_; }
+    __device__ float operator[](int i) const { return of_[i]; }
 
-    template <bool kOneStep>
-    __device__ __forceinline__ uint32_t find(float scaled) const {
-        uint32_t code = storage_.start[key_of(scaled)];
-        if constexpr (kOneStep) {
-            if (scaled > storage_.midpoints[code]) ++code;
-        } else {
-            const float x = scaled > 1.0f ? 1.0f : scaled;  // NaN stays, and walks to the highest entry
-            while (code < kEntries - 1 && is_above(x, storage_.midpoints[code])) ++code;
+    __device__ uint32_t entry_of(float scaled) const { return bucket_of(scaled, of_, kEntries - 1); }
+
+  private:
+    float of_[kEntries];  // the last is infinite
+};
+
+// The table of first entries.
+class NearestEntry {
+  public:
+    // Made by all threads of the CTA together, from midpoints that are there. Returns whether find_at_once is right.
+    __device__ bool make(const Midpoints& midpoints) {
+        bool one_step = midpoints[kEntries - 2] < 1.0f;
+        for (int i = threadIdx.x; i < 2 * kPerSign; i += blockDim.x) {
+            const int key = i - kPerSign;
+            int first = 0;  // midpoints with lower keys
+            for (int step = kEntries / 2; step > 0; step /= 2) {
+                if (key_of(order_of(midpoints[first + step - 1])) < key) first += step;
+            }
+            uint32_t word = ~0u << (32 - kRest) | first;
+            if (key_of(order_of(midpoints[first])) == key) {
+                word = rest_of(order_of(midpoints[first])) | first;
+                const bool inexact = fabsf(midpoints[first]) < kLeast;
+                const bool alone = first == kEntries - 2 || key_of(order_of(midpoints[first + 1])) != key;
+                one_step = one_step && alone && !inexact;
+            }
+            words_[i] = word;
         }
-        return code;
+        return __syncthreads_and(one_step);
+    }
+
+    // A word whose low byte is the entry for a value in [-1, 1].
+    __device__ __forceinline__ uint32_t find_at_once(float scaled) const {
+        const int32_t order = order_of(scaled);
+        uint32_t word = words_[kPerSign + key_of(order)];
+        // Left alone, the compiler computes both outcomes and selects.
+        asm("{\n .reg .pred above;\n setp.gt.u32 above, %1, %0;\n @above add.u32 %0, %0, 1;\n}"
+            : "+r"(word)
+            : "r"(rest_of(order)));
+        return word;
+    }
+
+    // The same for any map, and for infinity.
+    __device__ __forceinline__ uint32_t walk(float scaled, const Midpoints& midpoints) const {
+        uint32_t entry = words_[kPerSign + key_of(order_of(fminf(scaled, 1.0f)))] & 0xffu;
+        while (entry < kEntries - 1 && scaled > midpoints[entry]) ++entry;
+        return entry;
     }
 
   private:
-    __device__ __forceinline__ static uint32_t key_of(float x) {
-        const uint32_t bits = __float_as_uint(x);
-        const uint32_t leading = min(max((bits & 0x7fffffffu) >> kDropped, kLowest), kLowest + kPerSign - 1) - kLowest;
-        return leading + (bits >> 31) * kPerSign;
+    static constexpr float kLeast = 1.0f / (1 << 24);
+    static constexpr int kPerSign = (25 << kMantissaBits) + 1;
+
+    // An integer that ascends with the value, and strictly so from kLeast on: the bits of the magnitude over 2^102,
+    // which makes one of kLeast's the smallest normal number, inverted for negative values.
+    __device__ __forceinline__ static int32_t order_of(float x) {
+        static_assert(kLeast == 0x1p-24f);
+        return __float_as_int(__fmul_rn(fabsf(x), 0x1p-102f)) ^ __float_as_int(x) >> 31;
+    }
+    __device__ __forceinline__ static int32_t key_of(int32_t order) { return order >> kRest; }
+    __device__ __forceinline__ static uint32_t rest_of(int32_t order) {
+        return static_cast<uint32_t>(order) << (32 - kRest);
     }
 
-    // No value in [-1, 1] with this key is smaller, or none is larger.
-    __device__ static float bound_of(uint32_t key, bool upper) {
-        const bool negative = key >= kPerSign;
-        const uint32_t leading = negative ? key - kPerSign : key;
-        const bool away_from_zero = upper != negative;
-        if (leading == 0 && !away_from_zero) return 0.0f;
-        const uint32_t edge = min(leading + away_from_zero, kPerSign - 1);
-        const float magnitude = __uint_as_float((kLowest + edge) << kDropped);
-        return negative ? -magnitude : magnitude;
-    }
-
-    Storage& storage_;
-    bool one_step_;
+    uint32_t words_[2 * kPerSign];
 };
 
-template <bool kOneStep, int kBlock, class T>
-__device__ __forceinline__ void quantize_turn(
-    const NearestEntry& nearest, const T* __restrict__ values, uint8_t* __restrict__ codes, float* __restrict__ absmax,
-    int64_t start, int64_t whole, bool aligned) {
-    scale_blocks<kBlock>(values, absmax, start, whole, aligned, [&](int64_t at, const float (&scaled)[kChunk]) {
-        uint32_t words[2] = {};
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) words[i / 4] |= nearest.find<kOneStep>(scaled[i]) << (8 * (i % 4));
-        if (at >= 0) __stcs(reinterpret_cast<uint2*>(codes + at), make_uint2(words[0], words[1]));
-    });
+__device__ __forceinline__ uint32_t low_bytes(const uint32_t* four) {
+    return __byte_perm(__byte_perm(four[0], four[1], 0x0040), __byte_perm(four[2], four[3], 0x0040), 0x5410);
 }
 
-template <class T, int kBlock>
-__global__ void __launch_bounds__(kThreads) quantize_blockwise_kernel(
-    const T* __restrict__ values, const float* __restrict__ map, uint8_t* __restrict__ codes,
+// This warp's share of the whole blocks.
+template <bool kOneStep, int kBlock, class T>
+__device__ __forceinline__ void quantize_share(
+    const NearestEntry& nearest, const Midpoints& midpoints, const T* __restrict__ values, uint8_t* __restrict__ codes,
     float* __restrict__ absmax, int64_t whole, bool aligned) {
-    __shared__ NearestEntry::Storage storage;
-    const NearestEntry nearest(storage, map);
-    constexpr int kWarps = kThreads / kLanes;
+    constexpr int kWarps = Tuning<T, kBlock>::kThreads / kLanes;
     constexpr int64_t kTurn = BlockShare<kBlock>::kValues;
+    constexpr float kHighest = kOneStep ? 1.0f : kInfinity;
     const int64_t stride = int64_t(gridDim.x) * kWarps * kTurn;
     for (int64_t start = (int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes) * kTurn; start < whole;
          start += stride) {
-        if (nearest.one_step()) {
-            quantize_turn<true, kBlock>(nearest, values, codes, absmax, start, whole, aligned);
-        } else {
-            quantize_turn<false, kBlock>(nearest, values, codes, absmax, start, whole, aligned);
-        }
+        uint8_t* const target = codes + start + threadIdx.x % kLanes * kChunk;
+        const auto quantize = [&](int at, const float (&scaled)[kChunk], bool exists) {
+            uint32_t found[kChunk];
+#pragma unroll
+            for (int i = 0; i < kChunk; ++i) {
+                found[i] = kOneStep ? nearest.find_at_once(scaled[i]) : nearest.walk(scaled[i], midpoints);
+            }
+            if (exists)
+                __stcs(reinterpret_cast<uint2*>(target + at), make_uint2(low_bytes(found), low_bytes(found + 4)));
+        };
+        scale_blocks<kBlock>(values, absmax, start, whole, aligned, kHighest, quantize);
+    }
+}
+
+template <class T, int kBlock>
+__global__ void __launch_bounds__(
+    Tuning<T, kBlock>::kThreads, resident_ctas(Tuning<T, kBlock>::kCtas, Tuning<T, kBlock>::kThreads))
+    quantize_blockwise_kernel(
+        const T* __restrict__ values, const float* __restrict__ map, uint8_t* __restrict__ codes,
+        float* __restrict__ absmax, int64_t whole, bool aligned) {
+    __shared__ Midpoints midpoints;
+    __shared__ NearestEntry nearest;
+    midpoints.make(map);
+    if (nearest.make(midpoints)) {
+        quantize_share<true, kBlock>(nearest, midpoints, values, codes, absmax, whole, aligned);
+    } else {
+        quantize_share<false, kBlock>(nearest, midpoints, values, codes, absmax, whole, aligned);
     }
 }
 
@@ -122,12 +159,12 @@ template <class T>
 __global__ void quantize_blockwise_tail_kernel(
     const T* __restrict__ values, const float* __restrict__ map, uint8_t* __restrict__ codes,
     float* __restrict__ absmax, int count) {
-    __shared__ NearestEntry::Storage storage;
-    const NearestEntry nearest(storage, map);
+    __shared__ Midpoints midpoints;
+    midpoints.make(map);
     const float scale = scale_of_tail(values, count);
     if (threadIdx.x == 0) *absmax = scale;
     for (int i = threadIdx.x; i < count; i += kLanes) {
-        codes[i] = static_cast<uint8_t>(nearest.find<false>(__fdiv_rn(to_float(values[i]), scale)));
+        codes[i] = static_cast<uint8_t>(midpoints.entry_of(__fdiv_rn(to_float(values[i]), scale)));
     }
 }
 
@@ -138,11 +175,13 @@ void launch(
     const int64_t whole = n - n % blocksize;
     const bool known = visit_blocksize(blocksize, [&](auto block) {
         if (whole == 0) return;
-        constexpr int64_t kPerCta = int64_t(kThreads / kLanes) * BlockShare<block()>::kValues;
-        const int64_t ctas = std::min<int64_t>((whole + kPerCta - 1) / kPerCta, 8 * current_device().multiprocessors);
+        using Tuning = Tuning<T, block()>;
+        constexpr int64_t kPerCta = int64_t(Tuning::kThreads / kLanes) * BlockShare<block()>::kValues;
+        const int64_t ctas =
+            std::min<int64_t>((whole + kPerCta - 1) / kPerCta, Tuning::kCtas * current_device().multiprocessors);
         const bool aligned = reinterpret_cast<uintptr_t>(values) % 16 == 0;
         quantize_blockwise_kernel<T, block()>
-            <<<grid_size(ctas), kThreads, 0, stream>>>(values, map, codes, absmax, whole, aligned);
+            <<<grid_size(ctas), Tuning::kThreads, 0, stream>>>(values, map, codes, absmax, whole, aligned);
         check_launch("quantize_blockwise");
     });
     if (!known) {

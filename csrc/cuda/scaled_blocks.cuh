@@ -24,33 +24,37 @@ struct Chunk {
     static constexpr int kWords = kChunk * sizeof(T) / sizeof(uint32_t);
     uint32_t words[kWords];
 
-    __device__ void load(const T* from, bool aligned) {
-        if (aligned) {
+    __device__ void load(const T* from) {
 #pragma unroll
-            for (int i = 0; i < kWords; i += 4) {
-                const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i / 4);
-                words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
-            }
-        } else {
-            T values[kChunk];
-#pragma unroll
-            for (int i = 0; i < kChunk; ++i) values[i] = from[i];
-            memcpy(words, values, sizeof(words));
+        for (int i = 0; i < kWords; i += 4) {
+            const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from) + i / 4);
+            words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
         }
     }
 
-    // The largest magnitude, as the bits of a float. Those of 16-bit types are compared two at a time.
+    __device__ void load_unaligned(const T* from) {
+        T values[kChunk];
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) values[i] = from[i];
+        memcpy(words, values, sizeof(words));
+    }
+
+    // The largest magnitude so far, and of two such. 16-bit types have it in halves, each of every other value.
     __device__ uint32_t largest() const {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) bits = larger(bits, words[i] & (sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu));
+        return bits;
+    }
+
+    __device__ static uint32_t larger(uint32_t a, uint32_t b) { return sizeof(T) == 4 ? max(a, b) : __vmaxu2(a, b); }
+
+    __device__ static float magnitude(uint32_t largest) {
         if constexpr (sizeof(T) == 4) {
-            uint32_t bits = 0;
-#pragma unroll
-            for (int i = 0; i < kWords; ++i) bits = max(bits, words[i] & 0x7fffffffu);
-            return bits;
+            return __uint_as_float(largest);
         } else {
-            uint32_t pair = 0;
-#pragma unroll
-            for (int i = 0; i < kWords; ++i) pair = __vmaxu2(pair, words[i] & 0x7fff7fffu);
-            return __float_as_uint(to_float(T{static_cast<uint16_t>(max(pair >> 16, pair & 0xffffu))}));
+            const Chunk one{max(largest >> 16, largest & 0xffffu)};
+            return one.get(0);
         }
     }
 
@@ -67,16 +71,6 @@ struct Chunk {
 
 __device__ inline uint32_t magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 
-// The largest of a group of lanes (a power of two), in all of them.
-template <int kGroup>
-__device__ inline uint32_t largest_in_group(uint32_t bits) {
-#pragma unroll
-    for (int distance = kGroup / 2; distance > 0; distance /= 2) {
-        bits = max(bits, __shfl_xor_sync(~0u, bits, distance));
-    }
-    return bits;
-}
-
 // How a warp shares out blocks of kBlock values.
 template <int kBlock>
 struct BlockShare {
@@ -86,43 +80,89 @@ struct BlockShare {
     static constexpr int kValues = kChunks * kWarpChunk;  // per warp and turn
 };
 
+// The largest of a group of kGroup lanes, in all of them, where every group of kFrom has it already.
+template <class T, int kGroup, int kFrom = 1>
+__device__ inline uint32_t largest_in_group(uint32_t bits) {
+#pragma unroll
+    for (int distance = kGroup / 2; distance >= kFrom; distance /= 2) {
+        bits = Chunk<T>::larger(bits, __shfl_xor_sync(~0u, bits, distance));
+    }
+    return bits;
+}
+
+// Of the four numbers of every lane, the maxima over each group of lanes: those of number c in the lanes whose low two
+// bits are keeper_of(c), and the other way round. Each step halves the numbers that a lane still has, so that four cost
+// little more than one.
+__device__ constexpr int keeper_of(int number) { return number / 2 + number % 2 * 2; }
+
+template <class T, int kGroup>
+__device__ inline uint32_t largest_of_four(const uint32_t (&bits)[4], int lane) {
+    static_assert(kGroup >= 4);
+    const bool odd = lane & 1, upper = lane & 2;
+    uint32_t pair[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t other = __shfl_xor_sync(~0u, odd ? bits[i] : bits[2 + i], 1);
+        pair[i] = Chunk<T>::larger(odd ? bits[2 + i] : bits[i], other);
+    }
+    const uint32_t other = __shfl_xor_sync(~0u, upper ? pair[0] : pair[1], 2);
+    return largest_in_group<T, kGroup, 4>(Chunk<T>::larger(upper ? pair[1] : pair[0], other));
+}
+
 // Scale the kValues values from `start` on (of `whole`, a multiple of kBlock), write their blocks' absmax, and call
-// body(index of the first value, eight scaled values) for each of this lane's chunks; all lanes call it together,
-// those past the end with an index of -1.
+// body(c * kWarpChunk, eight scaled values, whether they exist) for each chunk c of this lane, whose first begins at
+// start + lane * kChunk; all lanes call it together. Scaled values lie in [-1, 1], but NaN becomes `highest`.
 template <int kBlock, class T, class Body>
-__device__ void scale_blocks(
-    const T* __restrict__ values, float* __restrict__ absmax, int64_t start, int64_t whole, bool aligned, Body&& body) {
+__device__ __forceinline__ void scale_blocks(
+    const T* __restrict__ values, float* __restrict__ absmax, int64_t start, int64_t whole, bool aligned, float highest,
+    Body&& body) {
     using Share = BlockShare<kBlock>;
     const int lane = threadIdx.x % kLanes;
-    const int64_t first = start + lane * kChunk;
+    const int left = static_cast<int>(min(whole - start, int64_t(Share::kValues))) - lane * kChunk;
+    const T* mine = values + start + lane * kChunk;
 
     Chunk<T> chunks[Share::kChunks];
+    if (aligned && whole - start >= Share::kValues) {
 #pragma unroll
-    for (int c = 0; c < Share::kChunks; ++c) {
-        chunks[c] = {};
-        if (first + c * kWarpChunk < whole) chunks[c].load(values + first + c * kWarpChunk, aligned);
-    }
-
-    uint32_t largest[Share::kChunks] = {};
+        for (int c = 0; c < Share::kChunks; ++c) chunks[c].load(mine + c * kWarpChunk);
+    } else {
 #pragma unroll
-    for (int c = 0; c < Share::kChunks; ++c) {
-        uint32_t& mine = largest[Share::kWarpPerBlock ? 0 : c];
-        mine = max(mine, chunks[c].largest());
-    }
-
-    float reciprocal = 0.0f;
-#pragma unroll
-    for (int c = 0; c < Share::kChunks; ++c) {
-        const int64_t at = first + c * kWarpChunk;
-        if (!Share::kWarpPerBlock || c == 0) {
-            const float block_max = __uint_as_float(largest_in_group<Share::kGroup>(largest[c]));
-            if (lane % Share::kGroup == 0 && at < whole) absmax[at / kBlock] = block_max;
-            reciprocal = 1.0f / floored_absmax(block_max);
+        for (int c = 0; c < Share::kChunks; ++c) {
+            chunks[c] = {};
+            if (c * kWarpChunk < left) chunks[c].load_unaligned(mine + c * kWarpChunk);
         }
+    }
+
+    float block_max;
+    if constexpr (Share::kWarpPerBlock) {
+        uint32_t largest = 0;
+#pragma unroll
+        for (int c = 0; c < Share::kChunks; ++c) largest = Chunk<T>::larger(largest, chunks[c].largest());
+        block_max = Chunk<T>::magnitude(largest_in_group<T, kLanes>(largest));
+        if (lane == 0 && left > 0) absmax[start / kBlock] = block_max;
+    } else {
+        static_assert(Share::kChunks == 4);
+        uint32_t largest[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) largest[c] = chunks[c].largest();
+        block_max = Chunk<T>::magnitude(largest_of_four<T, Share::kGroup>(largest, lane));
+        const int at = keeper_of(lane % 4) * kWarpChunk;
+        if (lane % Share::kGroup < 4 && at < left) absmax[start / kBlock + (at + lane * kChunk) / kBlock] = block_max;
+    }
+    const bool finite = __all_sync(~0u, magnitude_bits(block_max) < 0x7f800000u);
+    const float reciprocal = 1.0f / floored_absmax(block_max);
+
+#pragma unroll
+    for (int c = 0; c < Share::kChunks; ++c) {
+        const float its = Share::kWarpPerBlock ? reciprocal : __shfl_sync(~0u, reciprocal, keeper_of(c), 4);
         float scaled[kChunk];
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) scaled[i] = __fmul_rn(chunks[c].get(i), reciprocal);
-        body(at < whole ? at : -1, scaled);
+        for (int i = 0; i < kChunk; ++i) scaled[i] = __fmul_rn(chunks[c].get(i), its);
+        if (!finite) {
+#pragma unroll
+            for (int i = 0; i < kChunk; ++i) scaled[i] = fminf(scaled[i], highest);
+        }
+        body(c * kWarpChunk, scaled, c * kWarpChunk < left);
     }
 }
 
@@ -131,7 +171,7 @@ template <class T>
 __device__ float scale_of_tail(const T* __restrict__ values, int count) {
     uint32_t bits = 0;
     for (int i = threadIdx.x % kLanes; i < count; i += kLanes) bits = max(bits, magnitude_bits(to_float(values[i])));
-    return floored_absmax(__uint_as_float(largest_in_group<kLanes>(bits)));
+    return floored_absmax(__uint_as_float(largest_in_group<float, kLanes>(bits)));
 }
 
 // Call body(std::integral_constant<int, blocksize>{}) for a block size these kernels have; false otherwise.
