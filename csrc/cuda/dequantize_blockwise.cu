@@ -2,9 +2,9 @@
 //
 // Memory bound: one byte in and sizeof(T) bytes out per value. Codes are as good as random, so lanes that share a table
 // in shared memory would meet in its banks; each lane has its own column of one instead, and the grid is persistent to
-// pay for filling it once. A thread takes as many codes at a time as fill one 16-byte store, several times before the
-// first look-up. Where those codes could straddle a block's border (its size is any positive number) or a pointer is
-// not aligned, another kernel takes one value at a time.
+// pay for filling it once. A thread takes as many codes at a time as fill one 16-byte store, several times, while
+// the ones before are decoded. Where those codes could straddle a block's border (its size is any positive number) or a
+// pointer is not aligned, another kernel takes one value at a time.
 
 #include <algorithm>
 
@@ -20,10 +20,9 @@ namespace {
 template <class T>
 struct DequantizeBlockwiseTuning {
     static constexpr int kThreads = 512;
-    static constexpr int kCtas = 3;                 // per multiprocessor
+    static constexpr int kCtas = 2;                 // per multiprocessor
     static constexpr int kValues = 16 / sizeof(T);  // per access
     static constexpr int kRounds = 4;
-    static constexpr bool kAhead = true;
 };
 
 constexpr int kEntries = 256;
@@ -96,20 +95,12 @@ __global__ void __launch_bounds__(
     const int64_t turn = kRounds * step;
     const int64_t whole = n - (kRounds - 1) * step - kValues;  // the last place of a whole turn
     int64_t i = (int64_t(blockIdx.x) * Tuning::kThreads + threadIdx.x) * kValues;
-    if constexpr (Tuning::kAhead) {
-        Accesses<T, kRounds> next;
-        if (i <= whole) next.load(codes, absmax, i, step, shift);
-        for (; i <= whole; i += turn) {
-            const Accesses<T, kRounds> now = next;
-            if (i + turn <= whole) next.load(codes, absmax, i + turn, step, shift);
-            now.decode(table, column, values, i, step);
-        }
-    } else {
-        for (; i <= whole; i += turn) {
-            Accesses<T, kRounds> now;
-            now.load(codes, absmax, i, step, shift);
-            now.decode(table, column, values, i, step);
-        }
+    Accesses<T, kRounds> next;
+    if (i <= whole) next.load(codes, absmax, i, step, shift);
+    for (; i <= whole; i += turn) {
+        const Accesses<T, kRounds> now = next;
+        if (i + turn <= whole) next.load(codes, absmax, i + turn, step, shift);
+        now.decode(table, column, values, i, step);
     }
     for (; i + kValues <= n; i += step) {
         Accesses<T, 1> now;

@@ -16,7 +16,7 @@
 namespace bnb {
 namespace {
 
-constexpr int kWarpsPerCta = 8;
+constexpr int kWarpsPerCta = 4;
 constexpr float kHighest = 1.0f;  // has the highest code, which is NaN's
 
 // A guess is kZero + ceil(x * (kSlope - kCurve * |x|)): -1..15 in [-1, 1], and exact about the sign of x, as the

@@ -23,7 +23,7 @@ template <class T, int kBlock>
 struct Tuning {
     static constexpr int kThreads = 256;
     static constexpr int kHeld = BlockShare<kBlock>::kChunks * Chunk<T>::kWords;           // registers, of values
-    static constexpr int kCtas = kHeld <= 16 ? 6 : kHeld <= 32 ? 4 : kHeld <= 64 ? 2 : 1;  // per multiprocessor
+    static constexpr int kCtas = kHeld <= 16 ? 5 : kHeld <= 32 ? 4 : kHeld <= 64 ? 2 : 1;  // per multiprocessor
 };
 
 constexpr int kEntries = 256;
