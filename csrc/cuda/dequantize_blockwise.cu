@@ -2,9 +2,9 @@
 //
 // Memory bound: one byte in and sizeof(T) bytes out per value. Codes are as good as random, so lanes that share a table
 // in shared memory would meet in its banks; each lane has its own column of one instead, and the grid is persistent to
-// pay for filling it once. A thread takes as many codes at a time as fill one 16-byte store, several times, while
-// the ones before are decoded. Where those codes could straddle a block's border (its size is any positive number) or a
-// pointer is not aligned, another kernel takes one value at a time.
+// pay for filling it once. A thread takes as many codes at a time as fill one 16-byte store, several times, while those
+// before are decoded. Where such codes could straddle a block's border (its size is any positive number) or a pointer
+// is not aligned, another kernel takes one value at a time.
 
 #include <algorithm>
 
