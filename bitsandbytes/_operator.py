@@ -78,9 +78,16 @@ def _plain(values: Sequence[Any], grad: bool) -> bool:
                 grad and value.requires_grad
             ) or value.is_neg():  # the dispatcher negates what is lazily negative
                 return False
-        elif not (kind is list or kind is tuple) or not _plain(value, grad):
+        elif not (kind is list or kind is tuple) or not _all_plain(value, grad):
             return False
     return True
+
+
+def _all_plain(values: Sequence[Any], grad: bool) -> bool:
+    """The same of a list. An optimizer's may be long, so what can be asked of all at once is."""
+    if not _PLAIN_TENSORS.issuperset(map(type, values)):
+        return _plain(values, grad)
+    return not (any(map(Tensor.is_neg, values)) or (grad and any(value.requires_grad for value in values)))
 
 
 def _implement(name: str, kernel: Callable, key: str) -> None:

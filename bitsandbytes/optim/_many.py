@@ -92,7 +92,7 @@ class _Launch:
         dtypes = [g.dtype for g in grads]
         return (
             dtypes.count(self.g_dtype) == len(dtypes)
-            and [p.data_ptr() for p in self._present()] == self.addresses
+            and list(map(Tensor.data_ptr, self._present())) == self.addresses
             and all(map(operator.is_, [s["state1"] for s in states], self.buffers[0]))
             and all(map(operator.is_, [s.get("state2") for s in states], self.buffers[1]))
             and not (counted_by_host and [s["step"] for s in states] != self.steps)

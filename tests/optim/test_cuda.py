@@ -182,12 +182,11 @@ def test_norm_limit_agrees_with_plain_torch(name, param_norm):
 @pytest.mark.parametrize("skip_zeros", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [8, 32])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", sorted(RULES.keys() - {"ademamix"}))  # which takes no limit
 def test_limits_of_one_launch_agree_with_plain_torch(name, bits, dtype, skip_zeros):
     """Short and unaligned tensors, and elements that are not finite, which must not count."""
     base = optim.optimizer.Optimizer2State if RULES[name].states == 2 else optim.optimizer.Optimizer1State
-    betas = tuple(BETAS.values()) if name == "ademamix" else (0.9, 0.99)
-    settings = {"betas": betas, "min_8bit_size": 0, "max_unorm": 0.3, "weight_decay": 0.1, "lr": 1e-2}
+    settings = {"betas": (0.9, 0.99), "min_8bit_size": 0, "max_unorm": 0.3, "weight_decay": 0.1, "lr": 1e-2}
     starts = [torch.randn(n, device="cuda").to(dtype) for n in (1, 255, 256, 257, 17_001, 65_537)]
     starts.append(torch.randn(5001, device="cuda").to(dtype)[1:])
     pair = [[torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2)]

@@ -10,7 +10,6 @@ import warnings
 from array import array
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from ..._ops import (
     optimizer_update_many,
 )
 from ..default.optimizer_update import update_kernel
-from ..default.optimizers import plain_memory
+from ..default.optimizers import plain_memory, update_8bit
 
 __all__: list[str] = []
 
@@ -78,8 +77,21 @@ def _(update):
         )
 
 
+@lru_cache
+def _warn_of_small_memory(capability: tuple[int, int]) -> None:
+    warnings.warn(
+        f"8-bit optimizers with two states are slow on GPUs of compute capability {capability[0]}.{capability[1]}: "
+        "their shared memory has no room for the kernel's tables, so plain torch computes the step",
+        stacklevel=2,
+    )
+
+
 @_native_update(optimizer_update_8bit_blockwise, "bnb_cuda_optimizer_update_8bit_blockwise")
 def _(update):
+    if not has_room_for_maps(update.p.device, update.rule.states):
+        _warn_of_small_memory(torch.cuda.get_device_capability(update.p.device))
+        update_8bit(update)
+        return
     g, maps = update.g.contiguous(), update.maps()
     tensors = (update.p, update.state1, update.state2, update.absmax1, update.absmax2)
     memory = _Reachable(update.p.device, *tensors)
@@ -98,34 +110,6 @@ def _(update):
         )
 
 
-def _where_maps_fit(native: Callable[..., None]) -> Callable[..., None]:
-    """``native``, or plain torch with one warning on GPUs whose shared memory two maps' tables do not fit."""
-
-    def update(*args: Any) -> None:
-        p, qmap2 = args[2], args[13]
-        if has_room_for_maps(p.device, 1 if qmap2 is None else 2):
-            native(*args)
-        else:
-            _warn_of_small_memory(torch.cuda.get_device_capability(p.device))
-            optimizer_update_8bit_blockwise.kernels["default"](*args)
-
-    return update
-
-
-@lru_cache
-def _warn_of_small_memory(capability: tuple[int, int]) -> None:
-    warnings.warn(
-        f"8-bit optimizers with two states are slow on GPUs of compute capability {capability[0]}.{capability[1]}: "
-        "their shared memory has no room for the kernel's tables, so plain torch computes the step",
-        stacklevel=2,
-    )
-
-
-if has_native("bnb_cuda_optimizer_update_8bit_blockwise"):
-    _kernels = optimizer_update_8bit_blockwise.kernels
-    optimizer_update_8bit_blockwise.kernel("cuda")(_where_maps_fit(_kernels["cuda"]))
-
-
 def _update_many(
     optimizer_name, g, p, table, configs, scratch, qmap1, qmap2, counts, settings, lr, seeds, blocks
 ):
@@ -136,7 +120,7 @@ def _update_many(
     config_bytes, entry_bytes = len(bytes(config())), table.stride(0) * table.itemsize
     assert config_bytes * len(g) <= configs.nbytes
     assert scratch is None or lib.bnb_cuda_optimizer_scratch(len(g)) <= scratch.nbytes
-    addresses = array("q", [gradient.data_ptr() for gradient in g]).tobytes()
+    addresses = array("q", map(Tensor.data_ptr, g)).tobytes()
     each, first = len(settings) // len(counts), 0
     entries, derived = table.data_ptr(), configs.data_ptr()
     with device_of(table):

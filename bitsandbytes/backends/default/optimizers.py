@@ -23,7 +23,7 @@ from ..._formats.table import OPTIMIZER_BLOCKSIZE
 from ..._ops import optimizer_update_8bit_blockwise, optimizer_update_32bit
 from .optimizer_update import update_kernel
 
-__all__ = ["UPDATES", "gradient_of", "moved", "plain_memory"]
+__all__ = ["UPDATES", "gradient_of", "moved", "plain_memory", "update_8bit"]
 
 _CHUNK = 1 << 22  # elements updated together: bounds the temporaries; a multiple of the block size
 _TINY = 1e-38  # keeps the reciprocal of an all-zero block's absmax finite
@@ -168,8 +168,8 @@ def _encode(values: Tensor, qmap: Tensor, keep_sign: bool, codes: Tensor, absmax
     codes.copy_(nearest.clamp_(0, 255))
 
 
-@update_kernel(optimizer_update_8bit_blockwise, "default")
-def _(update):
+def update_8bit(update) -> None:
+    """One step with 8-bit states, of an ``Update``."""
     rule, h, p, qmap1, qmap2 = update.rule, update.scalars, update.p, update.qmap1, update.qmap2
     advance, n, blocks = UPDATES[rule.name], p.numel(), -(p.numel() // -OPTIMIZER_BLOCKSIZE)
     memory = plain_memory(p.device, p, update.state1, update.state2, update.absmax1, update.absmax2)
@@ -202,3 +202,6 @@ def _(update):
             for i in range(rule.averages):
                 _encode(torch.where(good, m_new[i], 0.0), qmap1, True, first[i, span], scale1[i, block])
             parameter[span] = torch.where(good, p_new, p_old)
+
+
+update_kernel(optimizer_update_8bit_blockwise, "default")(update_8bit)
