@@ -22,8 +22,10 @@ SUPPORT = {
     "8-bit block-wise dequantize": "dequantize_blockwise",
     "LLM.int8() quantize": "int8_vectorwise_quant",
     "LLM.int8() matmul": "int8_linear_matmul",
+    "embedding look-ups, 4-bit and 8-bit": "embedding_4bit",
     "optimizers, 32-bit state": "optimizer_update_32bit",
     "optimizers, 8-bit state": "optimizer_update_8bit_blockwise",
+    "optimizers, 4-bit state": "optimizer_update_4bit_blockwise",
 }
 
 
