@@ -1,8 +1,8 @@
 // Activations times a packed 4-bit weight, accumulated in float32, and times its transpose.
 //
 // Half a byte is read for a weight; each output is summed by one thread in one order. Few activations stream the weight
-// through registers (stream_columns); more decode it panel by panel into the cache, once for up to kMaxRows of them
-// (multiply_panels). Activations are packed once into the order the kernels read them in.
+// through registers (stream_rows); more decode it panel by panel into the cache, once for up to kMaxRows of them
+// (multiply_tile). Activations are packed once into the order the kernels read them in.
 #pragma once
 
 #include "gemm_4bit_activations.inl"
@@ -54,8 +54,8 @@ BNB_INLINE void with_constant(int64_t rows, const Body& body) {
     body(Constant<kMost>{});
 }
 
-constexpr int64_t kStreamSteps =
-    2048;  // words of an activation row at a time, so that all rows stay in the first-level cache
+// Words of an activation row at a time, so that all rows stay in the first-level cache.
+constexpr int64_t stream_steps(int rows) { return rows <= 4 ? 2048 : 1024; }
 
 // Segments that a vector of codes is a multiple of, or the other way round.
 BNB_INLINE bool can_stream(int64_t segment) { return segment >= 32 && (segment & (segment - 1)) == 0; }
@@ -66,7 +66,8 @@ void stream_range(
     const WordPanels<Engine>& source, const uint32_t* activations, const Output<T>& output, int64_t first,
     int64_t last) {
     constexpr int kWeights = stream_weights(kRows);
-    const int64_t chunk = kStreamSteps * Engine::kDepth, segments = source.segments(), padded = segments + kScales;
+    const int64_t chunk = stream_steps(kRows) * Engine::kDepth, segments = source.segments(),
+                  padded = segments + kScales;
     const int64_t columns = (last - first + kWeights - 1) / kWeights * kWeights;
     const bool direct = source.segment == source.blocksize && !source.scales.absmax_8bit;
     const int64_t blocks = kWeights * source.depth / source.blocksize + 2;
@@ -80,6 +81,7 @@ void stream_range(
         const uint32_t* const chunk_activations = activations + k / Engine::kDepth * kRows;
         for (int64_t column = first; column < last; column += kWeights) {
             WeightRows<kWeights> rows;
+            rows.ahead = kWeights * source.depth / 2;
             const int64_t count = last - column < kWeights ? last - column : kWeights;
             const float* const absmax =
                 direct ? nullptr : source.block_scales(column, count, scales + kWeights * padded);

@@ -9,8 +9,7 @@
 
 BNB_NAMESPACE_BEGIN
 
-constexpr int64_t kPanelSteps =
-    256;  // a panel of 32 columns then fits the first-level cache beside a tile's activations
+constexpr int64_t kPanelSteps = 128;  // a panel is then a third of the first-level cache
 
 BNB_INLINE int64_t greatest_common_divisor(int64_t a, int64_t b) {
     while (b) {
@@ -135,7 +134,7 @@ struct WordPanels {
                     offset = 0;
                 } else {
                     for (int r = 0; r < kWidth; ++r)
-                        BNB_PREFETCH(static_cast<const uint8_t*>(row[r]) + offset + kWidth * depth / 2);
+                        BNB_PREFETCH(static_cast<const uint8_t*>(row[r]) + offset + 2 * kVectorBytes);
                 }
                 I32 words[kWidth];
                 load_transposed(row, offset, words);

@@ -13,17 +13,16 @@ BNB_NAMESPACE_BEGIN
 constexpr int kTileRows = kWidth >= 16 ? 8 : 4;
 constexpr int kTileVectors = 2;
 constexpr int64_t kPanelColumns = kTileVectors * kWidth;
-constexpr int kStreamRows = 4;                         // activations that stream_rows takes at most
+constexpr int kStreamRows = kWidth >= 16 ? 6 : 4;      // activations that stream_rows takes at most
 constexpr int64_t kWordCodes = 8;                      // codes of one 32-bit word
 constexpr int64_t kVectorCodes = kWordCodes * kWidth;  // codes of a row that are loaded together
 constexpr int64_t kVectorBytes = kVectorCodes / 2;
-constexpr int64_t kPrefetchBytes = 1024;
 
 // --- streaming -------------------------------------------------------------------------------------------------------
 
 // Weight rows that stream_rows takes together: their sums fit the register file twice.
 constexpr int stream_weights(int rows) {
-    return (kWidth >= 16 ? rows <= 2 : rows == 1) ? 4 : kWidth >= 16 || rows == 2 ? 2 : 1;
+    return (kWidth >= 16 ? rows <= 2 : rows == 1) ? 4 : rows <= (kWidth >= 16 ? 6 : 2) ? 2 : 1;
 }
 
 // The same of some weight rows: their packed codes, and the absmax of each segment.
@@ -31,6 +30,7 @@ template <int kWeights>
 struct WeightRows {
     const uint8_t* packed[kWeights];
     const float* scales[kWeights];
+    int64_t ahead;  // bytes to the rows that come next
 };
 
 // sums [kWeights][kRows] += products of weight and activation rows over `vectors` vectors of codes. A segment is
@@ -53,7 +53,7 @@ void stream_rows(
             unrolled<kWeights>([&](auto w) {
                 const uint8_t* const source = row.packed[w.number] + vector * kVectorBytes;
                 words[w.number] = load_words(source);
-                BNB_PREFETCH(source + kPrefetchBytes);
+                BNB_PREFETCH(source + row.ahead);
             });
             unrolled<kSteps>([&](auto step) {
                 typename Engine::Weight weight[kWeights];
