@@ -42,30 +42,37 @@ class BytePlanes {
         }
     }
 
-    BNB_INLINE Chunk lookup(__m512i codes) const {
-        const __m512i index = _mm512_permutexvar_epi8(_mm512_load_si512(kByteOrders.transposed), codes);
-        const __mmask64 upper = _mm512_movepi8_mask(index);
-        __m512i bytes[4];
-        for (int k = 0; k < 4; ++k) {
-            const __m512i low = pick(planes_[k], index), high = pick(planes_[k] + 128, index);
-            bytes[k] = _mm512_mask_blend_epi8(upper, low, high);
-        }
-        const __m512i front_low = _mm512_unpacklo_epi8(bytes[0], bytes[1]);
-        const __m512i front_high = _mm512_unpackhi_epi8(bytes[0], bytes[1]);
-        const __m512i back_low = _mm512_unpacklo_epi8(bytes[2], bytes[3]);
-        const __m512i back_high = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
-        return {{
-            from_bits(I32{_mm512_unpacklo_epi16(front_low, back_low)}),
-            from_bits(I32{_mm512_unpackhi_epi16(front_low, back_low)}),
-            from_bits(I32{_mm512_unpacklo_epi16(front_high, back_high)}),
-            from_bits(I32{_mm512_unpackhi_epi16(front_high, back_high)}),
-        }};
-    }
+    // The planes in registers; loops that store codes would load them again and again from memory.
+    struct Registers {
+        __m512i table[4][4];
 
-    // Bytes of a table of 128; the topmost bit of an index does not count.
-    static BNB_INLINE __m512i pick(const uint8_t* table, __m512i index) {
-        return _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
-    }
+        BNB_INLINE explicit Registers(const BytePlanes& planes) {
+            for (int k = 0; k < 4; ++k) {
+                for (int i = 0; i < 4; ++i) table[k][i] = _mm512_load_si512(planes.planes_[k] + 64 * i);
+            }
+        }
+
+        BNB_INLINE Chunk lookup(__m512i codes) const {
+            const __m512i index = _mm512_permutexvar_epi8(_mm512_load_si512(kByteOrders.transposed), codes);
+            const __mmask64 upper = _mm512_movepi8_mask(index);
+            __m512i bytes[4];
+            for (int k = 0; k < 4; ++k) {
+                const __m512i low = _mm512_permutex2var_epi8(table[k][0], index, table[k][1]);
+                const __m512i high = _mm512_permutex2var_epi8(table[k][2], index, table[k][3]);
+                bytes[k] = _mm512_mask_blend_epi8(upper, low, high);
+            }
+            const __m512i front_low = _mm512_unpacklo_epi8(bytes[0], bytes[1]);
+            const __m512i front_high = _mm512_unpackhi_epi8(bytes[0], bytes[1]);
+            const __m512i back_low = _mm512_unpacklo_epi8(bytes[2], bytes[3]);
+            const __m512i back_high = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
+            return {{
+                from_bits(I32{_mm512_unpacklo_epi16(front_low, back_low)}),
+                from_bits(I32{_mm512_unpackhi_epi16(front_low, back_low)}),
+                from_bits(I32{_mm512_unpacklo_epi16(front_high, back_high)}),
+                from_bits(I32{_mm512_unpackhi_epi16(front_high, back_high)}),
+            }};
+        }
+    };
 
   private:
     alignas(64) uint8_t planes_[4][256];
@@ -75,7 +82,9 @@ class MapDecoder {
   public:
     explicit MapDecoder(const float* map) : planes_(map) {}
 
-    BNB_INLINE Chunk decode(const uint8_t* codes) const { return planes_.lookup(_mm512_loadu_si512(codes)); }
+    BNB_INLINE Chunk decode(const uint8_t* codes) const {
+        return BytePlanes::Registers(planes_).lookup(_mm512_loadu_si512(codes));
+    }
 
   private:
     BytePlanes planes_;
@@ -91,19 +100,10 @@ class MapEncoder {
     BNB_INLINE void encode(const Values& values, int64_t n, uint8_t* codes) const {
         if (!separable_) {
             for (int64_t i = 0; i < n; i += kChunk) search(values(i), codes + i);
-            return;
-        }
-        // Two short loops: one long chain of operations for each chunk would leave the machine waiting.
-        constexpr int64_t kStretch = 256;
-        for (int64_t begin = 0; begin < n; begin += kStretch) {
-            const int64_t end = n - begin < kStretch ? n : begin + kStretch;
-            for (int64_t i = begin; i < end; i += kChunk) _mm512_storeu_si512(codes + i, below_cells(values(i)));
-            for (int64_t i = begin; i < end; i += kChunk) {
-                const Chunk x = values(i);
-                __m512i found = settled(x, _mm512_loadu_si512(codes + i));
-                if (kMayBeNaN) found = _mm512_mask_blend_epi8(nan_lanes(x), found, _mm512_set1_epi8(-1));
-                _mm512_storeu_si512(codes + i, found);
-            }
+        } else if (one_sided_) {
+            encode_by_cell<kMayBeNaN, true>(values, n, codes);
+        } else {
+            encode_by_cell<kMayBeNaN, false>(values, n, codes);
         }
     }
 
@@ -123,43 +123,85 @@ class MapEncoder {
         return joined(nan[0], nan[1], nan[2], nan[3]);
     }
 
-    // How many midpoints lie below the cells of the values.
-    BNB_INLINE __m512i below_cells(const Chunk& x) const {
-        const __m512i cell0 = cells_of(x.part[0], x.part[1]), cell1 = cells_of(x.part[2], x.part[3]);
-        const __m512i low = _mm512_permutex2var_epi8(cell0, _mm512_load_si512(kByteOrders.even), cell1);
-        const __m512i bit8 = _mm512_set1_epi16(0x100);
-        const __mmask64 upper =
-            _mm512_kunpackd(_mm512_test_epi16_mask(cell1, bit8), _mm512_test_epi16_mask(cell0, bit8));
-        const __mmask64 odd = _mm512_movepi8_mask(low);
-        const __m512i half0 =
-            _mm512_mask_blend_epi8(odd, BytePlanes::pick(below_, low), BytePlanes::pick(below_ + 128, low));
-        const __m512i half1 =
-            _mm512_mask_blend_epi8(odd, BytePlanes::pick(below_ + 256, low), BytePlanes::pick(below_ + 384, low));
-        return _mm512_mask_blend_epi8(upper, half0, half1);
+    // Two short loops: one long chain of operations for each chunk would leave the machine waiting.
+    template <bool kMayBeNaN, bool kOneSided, class Values>
+    BNB_INLINE void encode_by_cell(const Values& values, int64_t n, uint8_t* codes) const {
+        constexpr int64_t kStretch = 256;
+        alignas(64) float kept[kStretch];
+        for (int64_t begin = 0; begin < n; begin += kStretch) {
+            const int64_t count = n - begin < kStretch ? n - begin : kStretch;
+            const Cells cells(*this);
+            for (int64_t i = 0; i < count; i += kChunk) {
+                const Chunk x = values(begin + i);
+                store_chunk(kept + i, x);
+                _mm512_storeu_si512(codes + begin + i, cells.template count_below<kOneSided>(x));
+            }
+            const BytePlanes::Registers midpoints(midpoints_);
+            for (int64_t i = 0; i < count; i += kChunk) {
+                const Chunk x = load_chunk(kept + i);
+                __m512i found = settled(x, midpoints, _mm512_loadu_si512(codes + begin + i));
+                if (kMayBeNaN) found = _mm512_mask_blend_epi8(nan_lanes(x), found, _mm512_set1_epi8(-1));
+                _mm512_storeu_si512(codes + begin + i, found);
+            }
+        }
     }
 
+    // The tables of the cells in registers.
+    struct Cells {
+        __m512i below[8], shift, offset;
+
+        BNB_INLINE explicit Cells(const MapEncoder& map)
+            : shift(_mm512_load_si512(map.shift_)),
+              offset(_mm512_load_si512(map.offset_)) {
+            for (int i = 0; i < 8; ++i) below[i] = _mm512_load_si512(map.below_ + 64 * i);
+        }
+
+        // How many midpoints lie below the cells of the values.
+        template <bool kOneSided>
+        BNB_INLINE __m512i count_below(const Chunk& x) const {
+            const __m512i upper0 = upper_words(x.part[0], x.part[1]), upper1 = upper_words(x.part[2], x.part[3]);
+            const __m512i cell0 = cells_of<kOneSided>(upper0), cell1 = cells_of<kOneSided>(upper1);
+            const __m512i low = _mm512_permutex2var_epi8(cell0, _mm512_load_si512(kByteOrders.even), cell1);
+            const __mmask64 odd = _mm512_movepi8_mask(low);
+            const __mmask64 second =
+                _mm512_kunpackd(in_second_half<kOneSided>(upper1, cell1), in_second_half<kOneSided>(upper0, cell0));
+            const __m512i first_half = _mm512_mask_blend_epi8(odd, pick(0, low), pick(1, low));
+            const __m512i second_half = _mm512_mask_blend_epi8(odd, pick(2, low), pick(3, low));
+            return _mm512_mask_blend_epi8(second, first_half, second_half);
+        }
+
+        BNB_INLINE __m512i pick(int quarter, __m512i index) const {
+            return _mm512_permutex2var_epi8(below[2 * quarter], index, below[2 * quarter + 1]);
+        }
+
+        static BNB_INLINE __m512i upper_words(F32 a, F32 b) {
+            return _mm512_permutex2var_epi16(
+                _mm512_castps_si512(a.v), _mm512_load_si512(kByteOrders.odd_word), _mm512_castps_si512(b.v));
+        }
+
+        // Negative values have the second half of the table, or no cell but the lowest.
+        template <bool kOneSided>
+        static BNB_INLINE __mmask32 in_second_half(__m512i upper, __m512i cell) {
+            return kOneSided ? _mm512_test_epi16_mask(cell, _mm512_set1_epi16(0x100)) : _mm512_movepi16_mask(upper);
+        }
+
+        template <bool kOneSided>
+        BNB_INLINE __m512i cells_of(__m512i upper) const {
+            const __m512i kept = kOneSided ? upper : _mm512_and_si512(upper, _mm512_set1_epi16(0x7fff));
+            const __m512i magnitude = _mm512_max_epi16(kept, _mm512_set1_epi16(kFirst));
+            const __m512i binade = _mm512_srli_epi16(magnitude, 7);  // permutations look at its lower five bits
+            const __m512i kept_bits = _mm512_srlv_epi16(magnitude, _mm512_permutexvar_epi16(binade, shift));
+            return _mm512_add_epi16(kept_bits, _mm512_permutexvar_epi16(binade, offset));
+        }
+    };
+
     // One more where the value is above the midpoint in its cell.
-    BNB_INLINE __m512i settled(const Chunk& x, __m512i below) const {
-        const Chunk inside = midpoints_.lookup(below);
+    static BNB_INLINE __m512i settled(const Chunk& x, const BytePlanes::Registers& midpoints, __m512i below) {
+        const Chunk inside = midpoints.lookup(below);
         __mmask16 above[4];
         for (int i = 0; i < 4; ++i) above[i] = _mm512_cmp_ps_mask(x.part[i].v, inside.part[i].v, _CMP_NLE_UQ);
         const __mmask64 all = joined(above[0], above[1], above[2], above[3]);
         return _mm512_mask_sub_epi8(below, all, below, _mm512_set1_epi8(-1));
-    }
-
-    // The cells of two vectors, one in each word.
-    BNB_INLINE __m512i cells_of(F32 a, F32 b) const {
-        const __m512i upper = _mm512_permutex2var_epi16(
-            _mm512_castps_si512(a.v), _mm512_load_si512(kByteOrders.odd_word), _mm512_castps_si512(b.v));
-        const __m512i kept = _mm512_and_si512(upper, _mm512_set1_epi16(static_cast<short>(kept_bits_)));
-        const __m512i magnitude = _mm512_max_epi16(kept, _mm512_set1_epi16(kFirst));
-        const __m512i binade = _mm512_srli_epi16(magnitude, 7);  // permutations look at its lower five bits
-        const __m512i shift = _mm512_permutexvar_epi16(binade, _mm512_load_si512(shift_));
-        const __m512i offset = _mm512_permutexvar_epi16(binade, _mm512_load_si512(offset_));
-        const __m512i cell = _mm512_add_epi16(_mm512_srlv_epi16(magnitude, shift), offset);
-        const __m512i sign =
-            _mm512_and_si512(_mm512_srli_epi16(upper, 7), _mm512_set1_epi16(static_cast<short>(sign_bit_)));
-        return _mm512_or_si512(cell, sign);
     }
 
     static int binade_of(float value) {
@@ -185,9 +227,7 @@ class MapEncoder {
             int& deepest = depth[binade - kFirstBinade];
             deepest = deepest < needed ? needed : deepest;
         }
-        const bool one_sided = !is_negative(midpoints[0]);
-        kept_bits_ = one_sided ? 0xffff : 0x7fff;
-        sign_bit_ = one_sided ? 0 : 0x100;
+        one_sided_ = !is_negative(midpoints[0]);
         int cells = 0;
         for (int binade = kFirstBinade; binade <= kLastBinade; ++binade) {
             const int deep = depth[binade - kFirstBinade];
@@ -195,8 +235,8 @@ class MapEncoder {
             offset_[binade & 31] = static_cast<uint16_t>(cells - (binade << deep));
             cells += 1 << deep;
         }
-        if (cells > (one_sided ? kCells : kCells / 2)) return false;
-        count_below(midpoints, one_sided ? kCells : kCells / 2);
+        if (cells > (one_sided_ ? kCells : kCells / 2)) return false;
+        count_below(midpoints, one_sided_ ? kCells : kCells / 2);
         return true;
     }
 
@@ -234,8 +274,8 @@ class MapEncoder {
     alignas(64) uint16_t shift_[32];
     alignas(64) uint16_t offset_[32];
     MidpointTree tree_;
-    uint16_t kept_bits_ = 0, sign_bit_ = 0;
     bool separable_ = false;
+    bool one_sided_ = false;
 };
 
 BNB_NAMESPACE_END

@@ -7,9 +7,17 @@
 
 BNB_NAMESPACE_BEGIN
 
-constexpr int64_t kOptimizerGrain = 1 << 14;   // elements per task
+constexpr int64_t kOptimizerGrain = 1 << 14;  // elements per task
+constexpr int64_t kLongestGrain = 1 << 18;
 constexpr float kSmallest = 1.401298464e-45f;  // the least float above zero
 constexpr float kLargest = 3.402823466e38f;    // the largest that is finite
+
+// Elements per task of an update of n: where there is much to do, long enough for the machine to fetch ahead in.
+inline int64_t optimizer_grain(int64_t n) {
+    int64_t grain = kOptimizerGrain;
+    while (grain < kLongestGrain && grain * 256 < n) grain *= 2;
+    return grain;
+}
 
 BNB_INLINE I32 positive_mask(F32 x) { return at_least_mask(x, broadcast(kSmallest)); }
 BNB_INLINE I32 negative_mask(F32 x) { return at_least_mask(broadcast(-kSmallest), x); }
@@ -150,7 +158,9 @@ void optimizer_update_32bit(const Update32bit<T>& problem, int32_t threads) {
     visit_rule(problem.rule, [&](auto rule) {
         Updater32bit<decltype(rule), T> updater(problem);
         if (problem.unorm) updater.set_step_size(limited_step_size(updater, problem, threads));
-        parallel_for(problem.n, kOptimizerGrain, threads, [&](int64_t begin, int64_t end) { updater.run(begin, end); });
+        parallel_for(problem.n, optimizer_grain(problem.n), threads, [&](int64_t begin, int64_t end) {
+            updater.run(begin, end);
+        });
     });
 }
 

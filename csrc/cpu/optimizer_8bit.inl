@@ -182,7 +182,7 @@ void optimizer_update_8bit(const Update8bit<T>& problem, int32_t threads) {
     const StateMaps maps(problem.qmap1, problem.qmap2, problem.n);
     visit_rule(problem.rule, [&](auto rule) {
         const Updater8bit<decltype(rule), T> updater(problem, maps);
-        parallel_for(blocks, kOptimizerGrain / kOptimizerBlock, threads, [&](int64_t first, int64_t last) {
+        parallel_for(blocks, optimizer_grain(problem.n) / kOptimizerBlock, threads, [&](int64_t first, int64_t last) {
             updater.run(first, last);
         });
     });

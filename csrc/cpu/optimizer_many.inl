@@ -10,7 +10,8 @@ template <class Body>
 void for_blocks_of_many(const bnb_optimizer_tensor* tensors, int64_t count, int32_t threads, const Body& body) {
     const int64_t base = tensors[0].first_block;
     const int64_t blocks = tensors[count - 1].first_block - base + blocks_of(tensors[count - 1].n);
-    parallel_for(blocks, kOptimizerGrain / kOptimizerBlock, threads, [&](int64_t begin, int64_t end) {
+    const int64_t grain = optimizer_grain(blocks * kOptimizerBlock) / kOptimizerBlock;
+    parallel_for(blocks, grain, threads, [&](int64_t begin, int64_t end) {
         int64_t tensor = 0, beyond = count;  // tensor is the last that starts at `begin` or before
         while (beyond - tensor > 1) {
             const int64_t middle = tensor + (beyond - tensor) / 2;
