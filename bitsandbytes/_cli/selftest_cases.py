@@ -390,7 +390,36 @@ def _int8_product_cases(sizes: tuple[int, int, int]) -> list[Case]:
         exact += outliers.double() @ (CB[:, columns].double() * SCB.double().view(-1, 1) / 127.0).t()
         return max(_norm_error(results[0], exact), _equal(results[1], outliers))
 
+    def linear_arguments(threshold: float) -> Callable[[Generator], tuple]:
+        def arguments(generator: Generator) -> tuple:
+            A = _random(generator, M, K, dtype=half).clamp(-3.25, 3.25)
+            A[:: M // 4, 5] = 8.0
+            return (
+                A,
+                codes(generator, N, K),
+                _scales(generator, N),
+                _random(generator, N, dtype=half),
+                threshold,
+            )
+
+        return arguments
+
+    def linear_error(args: tuple, results: Sequence[Any]) -> float:
+        A, (CB, SCB, bias), threshold = args[0].double(), args[1:4], args[4]
+        aside = (A.abs() >= threshold).any(dim=0) if threshold else torch.zeros(K, dtype=torch.bool)
+        kept = torch.where(aside, 0.0, A)
+        scale = torch.where(A.abs() >= (threshold or float("inf")), 0.0, A).abs().amax(dim=1)
+        CA = (kept * 127.0 / scale.unsqueeze(1)).round()
+        outliers = torch.where(aside, A, 0.0) @ (CB.double() * SCB.double().view(-1, 1) / 127.0).t()
+        exact = scaled(product(CA, CB), scale, SCB) + outliers + bias.double()
+        right = results[1] is None if not threshold else torch.equal(results[1], aside.nonzero().view(-1))
+        return _norm_error(results[0], exact) if right else float("inf")
+
     return [
+        *(
+            Case("int8_linear", label, linear_arguments(threshold), linear_error, _MATMUL[half])
+            for label, threshold in (("fp16", 0.0), ("fp16 outliers", 3.5))
+        ),
         Case(
             "int8_linear_matmul", f"{M}x{N}x{K}",
             lambda g: (codes(g, M, K), codes(g, N, K)), lambda a, r: _equal(r[0], product(a[0], a[1])), 0.0,
