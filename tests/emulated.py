@@ -53,6 +53,12 @@ class EmulatedLibrary:
         return lambda *arguments: self._call(name, prototype, arguments)
 
     def _call(self, name: str, prototype: Prototype, arguments: tuple) -> Any:
+        # A pointer argument takes bytes too; as tensors they are found like the others.
+        structs = [
+            torch.frombuffer(bytearray(a), dtype=torch.uint8) for a in arguments if isinstance(a, bytes)
+        ]
+        starts_of_structs = iter([held.data_ptr() for held in structs])
+        arguments = tuple(next(starts_of_structs) if isinstance(a, bytes) else a for a in arguments)
         pointers = [
             _is_pointer(kind) and bool(value)
             for kind, value in zip(prototype.argtypes, arguments, strict=True)

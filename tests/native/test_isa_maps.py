@@ -109,6 +109,9 @@ def test_8bit_states_advance_alike(variants, name, dtype, skip_zeros):
             step_8bit(library, name, results[isa], skip_zeros)
         for isa, result in results.items():
             for key, value in result.items():
-                assert_same_bytes(value, results["scalar"][key], (isa, n, key))
+                expected = results["scalar"][key]
+                if isa == "neon" and key == "p":  # where a NaN has another sign than on x86
+                    value, expected = (torch.where(t.isnan(), torch.nan, t) for t in (value, expected))
+                assert_same_bytes(value, expected, (isa, n, key))
                 if key != "p":  # which takes a root, that torch may round otherwise
                     assert_same_bytes(value, plain[key], (isa, n, key))
