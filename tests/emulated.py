@@ -104,10 +104,13 @@ def _is_pointer(kind: Any) -> bool:
 def _regions(pointers: list[int]) -> dict[int, int]:
     """Start and bytes of the tensor memory that each pointer lies in."""
     found: dict[int, int] = {}
-    for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor) and item.device.type == "cpu":
-            storage = item.untyped_storage()
-            start, count = storage.data_ptr(), storage.nbytes()
+    for item in gc.get_objects() if pointers else ():
+        if type(item) is torch.Tensor and item.layout == torch.strided and item.device.type == "cpu":
+            try:
+                storage = item.untyped_storage()
+                start, count = storage.data_ptr(), storage.nbytes()
+            except RuntimeError:  # a tracer's tensor, which has no memory
+                continue
             if any(start <= pointer < start + count for pointer in pointers):
                 found[start] = count
     missing = [p for p in pointers if not any(start <= p < start + count for start, count in found.items())]
