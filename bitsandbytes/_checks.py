@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._formats.table import BLOCKSIZES, FLOAT_DTYPES, FORMATS, STORAGE_DTYPES
+from ._formats.table import BLOCKSIZES, FLOAT_DTYPES, FORMATS, NESTED_BLOCKSIZE, STORAGE_DTYPES
 
 __all__ = [
     "ArgumentError",
     "check_absmax",
+    "check_block_scales",
     "check_blocksize",
     "check_dtype",
     "check_float",
@@ -100,3 +101,30 @@ def check_map(code: Tensor, name: str, entries: int = 256) -> None:
     check_dtype(code, torch.float32, name)
     if code.numel() != entries:
         raise ArgumentError(f"{name} must have {entries} entries, got {code.numel()}")
+
+
+def check_block_scales(
+    numel: int,
+    blocksize: int,
+    absmax: Tensor,
+    absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
+) -> None:
+    """One scale a block; or a code a block, an absmax for every 256 codes, their map and an offset."""
+    if absmax_8bit is None:
+        check_absmax(absmax, numel, blocksize)
+        return
+    check_dtype(absmax_8bit, torch.uint8, "absmax_8bit")
+    blocks = -(numel // -blocksize)
+    if absmax_8bit.dim() != 1 or absmax_8bit.numel() < blocks:
+        raise ArgumentError(
+            f"absmax_8bit must be 1D with at least {blocks} values, got shape {tuple(absmax_8bit.shape)}"
+        )
+    if absmax_code is None or absmax_offset is None:
+        missing = "absmax_code" if absmax_code is None else "absmax_offset"
+        raise ArgumentError(f"{missing} required when absmax_8bit is provided")
+    check_map(absmax_code, "absmax_code")
+    if absmax_offset.numel() != 1:
+        raise ArgumentError(f"absmax_offset must be 0-dim (one value), got {absmax_offset.numel()}")
+    check_absmax(absmax, blocks, NESTED_BLOCKSIZE)

@@ -1,7 +1,8 @@
 """The operators, one after another: schema, and the check that also says what the results look like.
 
 Users and third parties reach them as ``torch.ops.bitsandbytes.<name>``; the schemas are a public contract. What a
-declaration turns into is in ``_operator.py``; backends fill the results in. Those of LLM.int8() are in ``_ops_int8.py``.
+declaration turns into is in ``_operator.py``; backends fill the results in. Those of LLM.int8() are in ``_ops_int8.py``, those of
+experts in ``_ops_grouped.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.library import register_fake, register_kernel
 from ._checks import (
     ArgumentError,
     check_absmax,
+    check_block_scales,
     check_blocksize,
     check_dtype,
     check_float,
@@ -34,6 +36,7 @@ from ._formats.table import (
     STORAGE_DTYPES,
 )
 from ._operator import OPERATORS, Operator, Result, operator
+from ._ops_grouped import gemm_4bit_grouped, gemm_4bit_grouped_transposed
 from ._ops_int8 import (
     int8_double_quant,
     int8_linear,
@@ -49,6 +52,8 @@ __all__ = [
     "OPERATORS",
     "Operator",
     "Result",
+    "gemm_4bit_grouped",
+    "gemm_4bit_grouped_transposed",
     "int8_double_quant",
     "int8_linear",
     "int8_linear_matmul",
@@ -189,26 +194,6 @@ def _check_matmul_4bit(A: Tensor, B: Tensor, shapeB, blocksize) -> Result:
     return Result((*shape[:-1], N), A.dtype)
 
 
-def _check_block_scales(numel, blocksize, absmax: Tensor, absmax_8bit, absmax_code, absmax_offset) -> None:
-    """One scale a block; or a code a block, an absmax for every 256 codes, their map and an offset."""
-    if absmax_8bit is None:
-        check_absmax(absmax, numel, blocksize)
-        return
-    check_dtype(absmax_8bit, torch.uint8, "absmax_8bit")
-    blocks = -(numel // -blocksize)
-    if absmax_8bit.dim() != 1 or absmax_8bit.numel() < blocks:
-        raise ArgumentError(
-            f"absmax_8bit must be 1D with at least {blocks} values, got shape {tuple(absmax_8bit.shape)}"
-        )
-    if absmax_code is None or absmax_offset is None:
-        missing = "absmax_code" if absmax_code is None else "absmax_offset"
-        raise ArgumentError(f"{missing} required when absmax_8bit is provided")
-    check_map(absmax_code, "absmax_code")
-    if absmax_offset.numel() != 1:
-        raise ArgumentError(f"absmax_offset must be 0-dim (one value), got {absmax_offset.numel()}")
-    check_absmax(absmax, blocks, NESTED_BLOCKSIZE)
-
-
 @operator(
     "gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? bias=None, "
     "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor"
@@ -242,7 +227,7 @@ def gemm_4bit(
         absmax_offset=absmax_offset,
     )
     N, K = shapeB
-    _check_block_scales(N * K, blocksize, absmax, absmax_8bit, absmax_code, absmax_offset)
+    check_block_scales(N * K, blocksize, absmax, absmax_8bit, absmax_code, absmax_offset)
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != N:
             raise ArgumentError(f"bias must be 1D and bias length ({tuple(bias.shape)}) must match N ({N})")
@@ -273,7 +258,7 @@ def gemm_4bit_transposed(
     check_same_device(
         A, B=B, absmax=absmax, absmax_8bit=absmax_8bit, absmax_code=absmax_code, absmax_offset=absmax_offset
     )
-    _check_block_scales(N * K, blocksize, absmax, absmax_8bit, absmax_code, absmax_offset)
+    check_block_scales(N * K, blocksize, absmax, absmax_8bit, absmax_code, absmax_offset)
     return Result((*A.shape[:-1], K), A.dtype)
 
 

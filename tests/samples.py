@@ -172,6 +172,50 @@ def _gemm_4bit_transposed():
             yield rows, packed, shape, absmax, blocksize, quant_type, *rest[1:]
 
 
+def _gemm_4bit_grouped():
+    """Experts without rows first, last and between; all rows with one; rows of nobody; no rows at all."""
+    for index, dtype in enumerate(oracles.FLOAT_DTYPES):
+        for ends, N, K, blocksize in (
+            ([0, 2, 2, 5, 5], 24, 32, 32),
+            ([4, 4, 4], 33, 64, 64),
+            ([0, 0, 1], 5, 96, 32),
+            ([2, 6], 7, 128, 128),
+        ):
+            E, quant_type = len(ends), oracles.QUANT_TYPES[index % 2]
+            packed, absmax = _weight(E * N, K, blocksize, quant_type)
+            A, offsets = torch.randn(ends[-1] + index, K).to(dtype), torch.tensor(ends, dtype=torch.int32)
+            yield A, packed, [E, N, K], absmax, blocksize, quant_type, offsets
+            yield A, packed, [E, N, K], absmax, blocksize, quant_type, offsets, torch.randn(E, N).to(dtype)
+    offsets = torch.tensor([3, 3, 40, 41], dtype=torch.int32)
+    for N, K in ((128, 64), (150, 64)):  # experts that begin with a block of 256 statistics, and that do not
+        packed, absmax = _weight(4 * N, K, 32, "nf4")
+        offset, code = absmax.mean(), oracles.dynamic_map().clone()
+        codes, absmax2 = oracles.quantize_blockwise(absmax - offset, code, 256)
+        for dtype, bias in ((torch.float32, torch.randn(4, N)), (torch.bfloat16, None)):
+            A = torch.randn(K, 43).t().to(dtype)
+            yield A, packed, [4, N, K], absmax2, 32, "nf4", offsets, bias, codes, code, offset
+    packed, absmax = _weight(4 * 8, 64, 64, "fp4", torch.bfloat16)
+    yield torch.randn(0, 64), packed, [4, 8, 64], absmax, 64, "fp4", offsets * 0
+    yield (
+        torch.randn(41, 64),
+        packed.t(),
+        [4, 8, 64],
+        _strided(absmax),
+        64,
+        "fp4",
+        _strided(offsets),
+        _strided(torch.randn(4, 8)),
+    )
+
+
+def _gemm_4bit_grouped_transposed():
+    """The same experts, with activations of as many columns as those have rows, and no bias."""
+    for A, packed, shape, absmax, blocksize, quant_type, offsets, *rest in _gemm_4bit_grouped():
+        if not rest or rest[0] is None:
+            rows = torch.randn(A.shape[0], shape[1]).to(A.dtype)
+            yield rows, packed, shape, absmax, blocksize, quant_type, offsets, *rest[1:]
+
+
 def _gemv_4bit():
     for dtype in oracles.FLOAT_DTYPES:
         for quant_type in oracles.QUANT_TYPES:
@@ -356,6 +400,8 @@ _MAKERS = {
     "embedding_8bit": _embedding_8bit,
     "gemm_4bit": _gemm_4bit,
     "gemm_4bit_transposed": _gemm_4bit_transposed,
+    "gemm_4bit_grouped": _gemm_4bit_grouped,
+    "gemm_4bit_grouped_transposed": _gemm_4bit_grouped_transposed,
     "gemv_4bit": _gemv_4bit,
     "quantize_blockwise": _quantize_blockwise,
     "dequantize_blockwise": _dequantize_blockwise,

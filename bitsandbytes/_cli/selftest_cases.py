@@ -73,6 +73,7 @@ def cases(quick: bool) -> list[Case]:
     found += _fourbit_cases("nf4", 4096, torch.bfloat16, numel, (N, K))[:2]
     found += [
         _gemm_4bit_transposed((N, K)),
+        *_grouped_cases((4, N // 4, K)),
         _dequantize_4bit_nested(numel),
         _embedding_4bit((N, K)),
         _embedding_8bit((N, K)),
@@ -227,6 +228,39 @@ def _gemm_4bit_transposed(shape: tuple[int, int]) -> Case:
 
     label = f"{quant_type}/{blocksize} {_short(dtype)} nested"
     return Case("gemm_4bit_transposed", label, make, error, _MATMUL[dtype])
+
+
+def _grouped_cases(shape: tuple[int, int, int]) -> list[Case]:
+    (E, N, K), blocksize, quant_type, dtype = shape, 64, "nf4", torch.bfloat16
+    ends = [7, 7, 48, 64]  # of the rows of four experts; the second has none
+
+    def make_with(columns: int, with_bias: bool) -> Callable[[Generator], tuple]:
+        def make(generator: Generator) -> tuple:
+            packed = _random_bytes(generator, E * N * K // 2, 1)
+            nested = _nested_scales(generator, E * N * K // blocksize)
+            A, offsets = _random(generator, ends[-1], columns, dtype=dtype), torch.tensor(ends).int()
+            bias = (_random(generator, E, N, dtype=dtype),) if with_bias else ()
+            return A, packed, [E, N, K], nested[0], blocksize, quant_type, offsets, *bias, *nested[1:]
+
+        return make
+
+    def error(args: tuple, results: Sequence[Tensor]) -> float:
+        has_bias = len(args) == 11
+        scales = _expanded(args[3], *args[-3:])
+        weight = _decode_4bit(args[1], scales, blocksize, quant_type, E * N * K).view(E, N, K)
+        parts = args[0].double().tensor_split(ends[:-1])
+        exact = [
+            part @ w.t() + b.double() if has_bias else part @ w
+            for part, w, b in zip(parts, weight, args[7] if has_bias else weight, strict=True)
+        ]
+        return _norm_error(results[0], torch.cat(exact))
+
+    label = f"{quant_type}/{blocksize} {_short(dtype)} nested"
+    limit = _MATMUL[dtype]
+    return [
+        Case("gemm_4bit_grouped", f"{label} E={E}", make_with(K, True), error, limit),
+        Case("gemm_4bit_grouped_transposed", f"{label} E={E}", make_with(N, False), error, limit),
+    ]
 
 
 def _dequantize_4bit_nested(numel: int) -> Case:

@@ -22,6 +22,12 @@ SCHEMAS = {
     "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
     "gemm_4bit_transposed": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, "
     "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
+    "gemm_4bit_grouped": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, "
+    "Tensor offsets, Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None, "
+    "Tensor? absmax_offset=None) -> Tensor",
+    "gemm_4bit_grouped_transposed": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, "
+    "str quant_type, Tensor offsets, Tensor? absmax_8bit=None, Tensor? absmax_code=None, "
+    "Tensor? absmax_offset=None) -> Tensor",
     "gemv_4bit": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor",
     "gemv_4bit.out": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize, Tensor! out) -> ()",
     "quantize_blockwise": "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
@@ -202,6 +208,22 @@ def gemm(
 
 
 CODE = torch.linspace(-1, 1, 256)
+
+
+def grouped(A=(5, 64), B=(1024, 1), shapeB=(4, 8, 64), absmax=(32,), offsets=(4,), **changed):
+    """The arguments of a stack of four experts; ``changed`` replaces what has no shape."""
+    made = {
+        "A": torch.zeros(A),
+        "B": u8(*B),
+        "shapeB": list(shapeB),
+        "absmax": torch.ones(absmax),
+        "blocksize": 64,
+        "quant_type": "nf4",
+        "offsets": offsets if isinstance(offsets, Tensor) else torch.zeros(offsets, dtype=torch.int32),
+    }
+    return tuple({**made, **changed}.values())
+
+
 NESTED = (None, u8(32), CODE, torch.tensor(0.5))
 
 
@@ -322,6 +344,20 @@ ERRORS = [
         r"bias length \(.*\) must match N \(32\)",
     ),
     ("gemm_4bit", gemm((2, 64), (1024, 1), (32, 64), (32,), 64, "nf4", torch.zeros(32).half()), "bias dtype"),
+    ("gemm_4bit_grouped", grouped(shapeB=(32, 64)), r"shapeB must be 3D \[E, N, K\], got \[32, 64\]"),
+    ("gemm_4bit_grouped", grouped(A=(5, 32)), "A must be 2D with 64 columns"),
+    ("gemm_4bit_grouped", grouped(A=(64,)), "A must be 2D with 64 columns"),
+    ("gemm_4bit_grouped_transposed", grouped(A=(5, 64)), "A must be 2D with 8 columns"),
+    ("gemm_4bit_grouped", grouped(shapeB=(4, 9, 64), B=(1023, 1)), "B must hold at least 1152 bytes"),
+    ("gemm_4bit_grouped", grouped(blocksize=1024), r"N \* K = 8 \* 64 is no multiple of blocksize 1024"),
+    ("gemm_4bit_grouped", grouped(blocksize=63), "invalid blocksize 63"),
+    ("gemm_4bit_grouped", grouped(quant_type="nf8"), "quant_type must be"),
+    ("gemm_4bit_grouped", grouped(absmax=(31,)), "absmax must have at least 32 values"),
+    ("gemm_4bit_grouped", grouped(offsets=(3,)), "offsets must be 1D with one end for each of the 4 experts"),
+    ("gemm_4bit_grouped", grouped(offsets=torch.zeros(4, dtype=torch.int64)), "offsets must be int32"),
+    ("gemm_4bit_grouped", (*grouped(), torch.zeros(8)), r"bias must be \[E, N\] = \[4, 8\], got \[8\]"),
+    ("gemm_4bit_grouped", (*grouped(), torch.zeros(4, 8).half()), "bias dtype"),
+    ("gemm_4bit_grouped", (*grouped(), None, u8(32)), "absmax_code required when absmax_8bit is provided"),
     (
         "gemv_4bit",
         (X.double(), u8(1024, 1), [32, 64], torch.ones(32), CODE[:16], 64),

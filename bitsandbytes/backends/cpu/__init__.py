@@ -1,5 +1,5 @@
 """Native kernels for the CPU."""
 
-from . import embedding, int8, optimizers
+from . import embedding, grouped, int8, optimizers
 
-__all__ = ["embedding", "int8", "optimizers"]
+__all__ = ["embedding", "grouped", "int8", "optimizers"]
