@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import modules, parametrize
 from .embedding import Embedding, StableEmbedding
+from .experts4bit import Experts4bit
 from .int8_params import Int8Params
 from .linear4bit import Linear4bit, LinearFP4, LinearNF4
 from .linear8bit import Linear8bitLt
@@ -29,6 +30,7 @@ __all__ = [
     "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "Experts4bit",
     "Int8Params",
     "Linear4bit",
     "Linear8bitLt",

@@ -141,7 +141,7 @@ def _check_sizes(packed: Tensor, state: QuantState) -> None:
 def load_4bit(
     module: nn.Module,
     load: Callable[..., None],
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     quant_type: str | None,
     *arguments: Any,
 ) -> None:
@@ -177,7 +177,7 @@ def _load_4bit_weight(
     packed: Any,
     entries: dict[str, Any],
     assign: bool,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     quant_type: str | None,
 ) -> None:
     """Check a packed weight and its entries, then make them the layer's."""

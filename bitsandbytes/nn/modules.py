@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ._checkpoint import maybe_rearrange_weight
 from ._notices import logger
 from .embedding import Embedding, StableEmbedding
+from .experts4bit import Experts4bit
 from .int8_params import Int8Params
 from .linear4bit import Linear4bit, LinearFP4, LinearNF4
 from .linear8bit import Linear8bitLt
@@ -23,6 +24,7 @@ __all__ = [
     "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
+    "Experts4bit",
     "Int8Params",
     "Linear4bit",
     "Linear8bitLt",

@@ -180,6 +180,8 @@ def _parametrized_load_state_dict_pre_hook(
     if not P.is_parametrized(module, param_name):  # it was removed again
         return
     key, stored = f"{prefix}{param_name}", f"{prefix}parametrizations.{param_name}.original"
+    if key not in state_dict and f"{key}.weight" in state_dict:
+        key = f"{key}.weight"  # where an Experts4bit of that name has it
     entries = take_entries(state_dict, key)
     if key not in state_dict:
         return
