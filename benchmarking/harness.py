@@ -44,6 +44,7 @@ class Row:
     baseline: str
     baseline_median: float
     ratio: float
+    memory: int | None = None  # bytes allocated at most beside the results, where that was measured
 
 
 @dataclass
@@ -58,7 +59,8 @@ class Report:
         print(
             f"{row.operation:32} {'x'.join(map(str, row.shape)):>12} {row.dtype:9} "
             f"{'cold' if row.cold else 'warm'} {row.median * 1e3:9.3f} ms ±{row.spread:4.0%} "
-            f"{row.gigabytes_per_second:8.2f} GB/s   {row.ratio:5.2f} of {row.baseline}",
+            f"{row.gigabytes_per_second:8.2f} GB/s   {row.ratio:5.2f} of {row.baseline}"
+            + ("" if row.memory is None else f"   {row.memory / 2**20:.1f} MiB beside the results"),
             flush=True,
         )
 
