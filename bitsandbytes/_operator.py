@@ -13,7 +13,7 @@ converts every argument twice. Where nothing could tell the difference the call 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.library import register_fake
 
 from ._checks import ArgumentError
 
-__all__ = ["OPERATORS", "Operator", "Result", "operator", "plain_parameter"]
+__all__ = ["OPERATORS", "Operator", "Result", "all_plain", "operator", "plain_parameter"]
 
 _LIBRARY = torch.library.Library("bitsandbytes", "FRAGMENT")
 _DISPATCH_KEYS = {"default": "CompositeExplicitAutograd"}
@@ -78,13 +78,16 @@ def _plain(values: Sequence[Any], grad: bool) -> bool:
                 grad and value.requires_grad
             ) or value.is_neg():  # the dispatcher negates what is lazily negative
                 return False
-        elif not (kind is list or kind is tuple) or not _all_plain(value, grad):
+        elif not (kind is list or kind is tuple) or not all_plain(value, grad):
             return False
     return True
 
 
-def _all_plain(values: Sequence[Any], grad: bool) -> bool:
-    """The same of a list. An optimizer's may be long, so what can be asked of all at once is."""
+def all_plain(values: Sequence[Any], grad: bool) -> bool:
+    """Whether a kernel may read all these tensors as they are; with ``grad`` none may require it.
+
+    An optimizer's lists are long, so what can be asked of all at once is.
+    """
     if not _PLAIN_TENSORS.issuperset(map(type, values)):
         return _plain(values, grad)
     return not (any(map(Tensor.is_neg, values)) or (grad and any(value.requires_grad for value in values)))
@@ -147,9 +150,20 @@ class Operator:
                 return direct(*args)
         return self._packet(*args)
 
-    def _direct_kernel(self, args: tuple) -> Callable | None:
-        """The kernel that the dispatcher would find; None where it has to be asked."""
-        if not _unobserved() or not _plain(self._tensors(args), torch.is_grad_enabled()):
+    def call_knowing(self, plain: Collection[int], *args: Any) -> Any:
+        """As a call; of the lists at the positions ``plain`` it is known that :func:`all_plain` holds without grad."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return self(*args)
+        with torch._C.DisableTorchFunctionSubclass():
+            direct = self._direct_kernel(args, [i for i in self._tensor_positions if i not in plain])
+            if direct is not None:
+                return direct(*args)
+        return self._packet(*args)
+
+    def _direct_kernel(self, args: tuple, unknown: Sequence[int] | None = None) -> Callable | None:
+        """The kernel that the dispatcher would find; None where it has to be asked, of tensors at ``unknown`` or all."""
+        positions = self._tensor_positions if unknown is None else unknown
+        if not _unobserved() or not _plain(self._tensors(args, positions), torch.is_grad_enabled()):
             return None
         device = args[self._position_of_tensor].device.type
         if device not in self._direct:
@@ -157,9 +171,9 @@ class Operator:
         kernel, names = self._direct[device]
         return kernel if names.isdisjoint(_FOREIGN_KERNELS) else None  # type: ignore[arg-type]
 
-    def _tensors(self, args: tuple) -> list[Any]:
+    def _tensors(self, args: tuple, positions: Sequence[int]) -> list[Any]:
         count = len(args)
-        return [args[i] for i in self._tensor_positions if i < count]
+        return [args[i] for i in positions if i < count]
 
     def _find_kernel(self, device: str) -> tuple[Callable | None, frozenset[str]]:
         """Our kernel for a device type, and the names under which a third party would have replaced it."""

@@ -25,7 +25,7 @@ def install(replace=setattr) -> list[int]:
     """Step on the CPU as on CUDA; returns a list that the number of tensors of every launch is appended to."""
     launches: list[int] = []
 
-    def step(table, gradients, counts, hypers, lrs, seeds):
+    def step(table, gradients, counts, hypers, lrs, seeds, plain):
         launches.append(len(gradients))
         rows = iter(zip(table.table.tolist(), table.params, gradients, table.tensors, strict=True))
         for index, (count, hyper, lr) in enumerate(zip(counts, hypers, lrs, strict=True)):

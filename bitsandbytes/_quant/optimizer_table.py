@@ -23,6 +23,7 @@ __all__ = ["Hyper", "StepTable", "step_counters"]
 # Room for one bnb_optimizer_config, and for what bnb_cuda_optimizer_scratch asks for; the backend checks it.
 _CONFIG_BYTES = 96
 _SCRATCH_BYTES, _SCRATCH_BYTES_EACH = 1 << 16, 32
+_LISTS = (1, 2)  # where the operator takes gradients and parameters
 _FIELDS = ("state1", "state2", "absmax1", "absmax2", "unorm_vec")
 
 
@@ -101,13 +102,16 @@ class StepTable:
         hypers: list[Hyper],
         lrs: list[Tensor | None],
         seeds: list[int],
+        plain: bool,
     ) -> None:
         """Take one step: the first ``counts[0]`` tensors with ``hypers[0]``, and so on.
 
         ``lrs`` holds, where it is not None, a float32 tensor of one element on the device instead of a hyper's lr;
-        ``seeds``, unless empty, 64-bit seeds that bfloat16 parameters are rounded with.
+        ``seeds``, unless empty, 64-bit seeds that bfloat16 parameters are rounded with. ``plain`` says that
+        ``all_plain`` is known to hold for gradients and parameters, see ``Operator``.
         """
-        optimizer_update_many(
+        optimizer_update_many.call_knowing(
+            _LISTS if plain else (),
             self.optimizer_name,
             gradients,
             self.params,

@@ -15,6 +15,7 @@ ran, and the host asks it when a checkpoint is made.
 from __future__ import annotations
 
 import operator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,10 @@ from torch import Tensor
 
 from .._formats.table import FLOAT_DTYPES
 from .._native import has_room_for_maps
+from .._operator import all_plain
 from .._ops import optimizer_update_many
 from .._quant.optimizer_table import Hyper, StepTable, step_counters
+from ._alike import Likeness
 from ._rules import scheduled
 from ._sharded import is_dtensor, is_sharded, local_of, shard_offset
 
@@ -54,16 +57,18 @@ class _Launch:
         self.params = [local_of(p) for p in self.owners]
         self.sharded = is_dtensor(self.owners[0])
         self.places = [pindex for _, pindex, _ in members]
-        self.positions: list[int] = []  # among all the optimizer's parameters
+        self.positions: range | list[int] = []  # among all the optimizer's parameters
         self.states = [optimizer.state[p] for p in self.owners]
         self.rows = [row[0] for row in rows]  # one member of each row speaks for it
         self.counts = [len(row) for row in rows]
         self.limited, self.rounds = limited, rounds
         self.g_dtype = self.owners[0].grad.dtype  # type: ignore[union-attr]
         self.addresses = [p.data_ptr() for p in self.params]
-        self.buffers = [[state.get(key) for state in self.states] for key in ("state1", "state2")]
+        keys = [key for key in ("state1", "state2") if key in self.states[0]]
+        self.buffers = {key: [state[key] for state in self.states] for key in keys}
         self.pages = [p for p, state in zip(self.owners, self.states, strict=True) if _is_paged(state)]
         self.steps = [state["step"] for state in self.states]
+        self.likeness = Likeness()
 
     def make_table(self, name: str, counters: dict[Tensor, Counter]) -> None:
         """Make the table; parameters that have no counter yet get one, which starts from the host's count."""
@@ -78,33 +83,77 @@ class _Launch:
         dice = list(zip(self.places, offsets, strict=True))
         self.table = StepTable(name, self.params, self.states, addresses, self.limited, dice)
 
-    def parts_of(self, grads: list[Tensor]) -> list[Tensor] | None:
-        """What is here of the gradients; None if they are not laid out like the parameters."""
-        if not self.sharded:
-            return grads
-        if not all(map(_laid_out_alike, self.owners, grads)):
-            return None
-        return list(map(local_of, grads))
-
-    def fits(self, grads: list[Tensor], counted_by_host: bool) -> bool:
-        """Whether the table still describes what these gradients are for."""
+    def fits(self, counted_by_host: bool) -> bool:
+        """Whether the table still describes the parameters and their state."""
         states = self.states
-        dtypes = [g.dtype for g in grads]
         return (
-            dtypes.count(self.g_dtype) == len(dtypes)
-            and list(map(Tensor.data_ptr, self._present())) == self.addresses
-            and all(map(operator.is_, [s["state1"] for s in states], self.buffers[0]))
-            and all(map(operator.is_, [s.get("state2") for s in states], self.buffers[1]))
-            and not (counted_by_host and [s["step"] for s in states] != self.steps)
+            list(map(Tensor.data_ptr, self._present())) == self.addresses
+            and all(
+                all(map(operator.is_, map(operator.itemgetter(key), states), tensors))
+                for key, tensors in self.buffers.items()
+            )
+            and not (counted_by_host and list(map(operator.itemgetter("step"), states)) != self.steps)
         )
+
+    def taken(self, everybody: list[Tensor | None]) -> tuple[list[Tensor], bool] | None:
+        """The gradients as the kernel takes them, out of all there are, and whether they are known to be plain.
+
+        None if they are missing or not such as the table was made for.
+        """
+        whole = isinstance(self.positions, range)
+        grads: list[Tensor] = everybody if whole else [everybody[i] for i in self.positions]  # type: ignore[assignment, misc]
+        if self.sharded:
+            if not all(map(_laid_out_alike, self.owners, grads)):
+                return None
+            grads = list(map(local_of, grads))
+        if self.likeness.holds(grads):
+            return grads, True
+        if any(g is None for g in grads):
+            return None
+        dtypes = [g.dtype for g in grads]
+        if dtypes.count(self.g_dtype) != len(dtypes):
+            return None
+        if not all(map(Tensor.is_contiguous, grads)):
+            return [g.contiguous() for g in grads], False
+        plain = all_plain(grads, False) and all_plain(self.params, False)
+        if plain:
+            self.likeness.remember(grads)
+        return grads, plain
 
     def _present(self) -> list[Tensor]:
         return list(map(local_of, self.owners)) if self.sharded else self.params
 
     def count_steps(self) -> None:
-        self.steps = steps = [step + 1 for step in self.steps]
-        for state, step in zip(self.states, steps, strict=True):
+        first, count = self.steps[0], len(self.steps)
+        if self.steps.count(first) == count:  # one object for all of them, which is soon counted and compared
+            step = first + 1
+            self.steps = [step] * count
+            for state in self.states:
+                state["step"] = step
+            return
+        self.steps = [step + 1 for step in self.steps]
+        for state, step in zip(self.states, self.steps, strict=True):
             state["step"] = step
+
+
+class _Layout:
+    """Which parameters, gradients, states and settings of their own there were; decides which tables there are."""
+
+    def __init__(self, optimizer: Optimizer8bit, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        self.params, self.states = params, list(optimizer.state.values())
+        self.idle = [i for i, g in enumerate(grads) if g is None]
+        self.lengths, self.overridden = _lengths(optimizer), _overridden(optimizer)
+
+    def holds(self, optimizer: Optimizer8bit, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+        """Whether that is so still, as far as the launches do not look themselves."""
+        return (
+            self.lengths == _lengths(optimizer)
+            and all(map(operator.is_, self.params, params))
+            and all(grads[i] is None for i in self.idle)
+            and len(self.states) == len(optimizer.state)
+            and all(map(operator.is_, self.states, optimizer.state.values()))
+            and self.overridden == _overridden(optimizer)
+        )
 
 
 class ManySteps:
@@ -113,7 +162,7 @@ class ManySteps:
     def __init__(self, earlier: ManySteps | None = None) -> None:
         self._launches: list[_Launch] = []
         self._rest: list[Member] = []
-        self._shape: Any = None
+        self._layout: _Layout | None = None
         self._was_captured = False
         self._counters: dict[Tensor, Counter] = {}
         # Graphs go on using the memory they captured, so it must outlive a new state.
@@ -127,7 +176,7 @@ class ManySteps:
         """
         if not _may_share(optimizer):
             return None
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+        params = list(chain.from_iterable([group["params"] for group in optimizer.param_groups]))
         grads = [p.grad for p in params]
         # A forked process may step on CPU parameters, but must not ask CUDA anything.
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -143,11 +192,11 @@ class ManySteps:
             assert ready is not None, "tables that were just made fit"
         if capturing:
             self._note_capture()
-        for launch, gradients, hypers, lrs, seeds in ready:
+        for launch, arguments in ready:
             if not capturing:
                 for p in launch.pages:
                     optimizer.prefetch_state(p)
-            launch.table.step(gradients, launch.counts, hypers, lrs, seeds)
+            launch.table.step(*arguments)
             if not self._was_captured:
                 launch.count_steps()
         return self._rest
@@ -164,9 +213,9 @@ class ManySteps:
 
     def _ready(
         self, optimizer: Optimizer8bit, params: list[Tensor], grads: list[Tensor | None]
-    ) -> list[tuple[_Launch, list[Tensor], list[Hyper], list[Tensor | None], list[int]]] | None:
-        """Everything the launches take, or None if new tables are needed."""
-        if self._shape is None or self._shape != _shape_of(optimizer, params, grads):
+    ) -> list[tuple[_Launch, tuple]] | None:
+        """The launches with all that their steps take, or None if new tables are needed."""
+        if self._layout is None or not self._layout.holds(optimizer, params, grads):
             return None
         ready, counted_by_host = [], not self._was_captured
         for launch in self._launches:
@@ -177,16 +226,15 @@ class ManySteps:
                 return None
             if any(_asks_for_more(config) for config in configs):
                 return None
-            gradients = launch.parts_of([grads[position] for position in launch.positions])  # type: ignore[misc]
-            if gradients is None or not launch.fits(gradients, counted_by_host):
+            taken = launch.taken(grads)
+            if taken is None or not launch.fits(counted_by_host):
                 return None
-            if not all(map(Tensor.is_contiguous, gradients)):
-                gradients = [g.contiguous() for g in gradients]
             device = launch.params[0].device
             hypers = [_hyper_of(config, launch.steps[0] + 1) for config in configs]
             lrs = [_lr_tensor(config["lr"], device) for config in configs]
             seeds = [_signed(config["rounding_seed"]) for config in configs] if launch.rounds else []
-            ready.append((launch, gradients, hypers, lrs, seeds))
+            gradients, plain = taken
+            ready.append((launch, (gradients, launch.counts, hypers, lrs, seeds, plain)))
         return ready
 
     def _note_capture(self) -> None:
@@ -243,9 +291,11 @@ class ManySteps:
         for kind, rows in kinds.items():
             launch = _Launch(optimizer, list(rows.values()), *kind[-1])
             launch.make_table(optimizer.optimizer_name, self._counters)
-            launch.positions = [places[p] for p in launch.owners]
+            positions = [places[p] for p in launch.owners]
+            everybody = range(len(params))
+            launch.positions = everybody if positions == list(everybody) else positions
             self._launches.append(launch)
-        self._shape = _shape_of(optimizer, params, grads)
+        self._layout = _Layout(optimizer, params, grads)
 
 
 def _may_share(optimizer: Optimizer8bit) -> bool:
@@ -260,24 +310,16 @@ def _may_share(optimizer: Optimizer8bit) -> bool:
     return bool(optimizer_update_many.kernels) and all(own) and not torch.compiler.is_compiling()
 
 
-def _shape_of(optimizer: Optimizer8bit, params: list[Tensor], grads: list[Tensor | None]) -> tuple:
-    """What decides which tables there are; what lies behind it is compared launch by launch."""
-    ids = list(map(id, params))
-    return (
-        ids,
-        [g is None for g in grads],
-        list(map(len, [group["params"] for group in optimizer.param_groups])),
-        list(map(id, optimizer.state.values())),
-        _overridden(optimizer, ids),
-    )
+def _lengths(optimizer: Optimizer8bit) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
 
 
-def _overridden(optimizer: Optimizer8bit, ids: list[int]) -> list:
+def _overridden(optimizer: Optimizer8bit) -> list:
     """Which of the parameters have settings of their own; entries of others come and go."""
     mng, groups = optimizer.mng, optimizer.param_groups
     if not mng.pid2config and not mng.index2config:
         return []
-    own = set(ids)
+    own = {id(p) for group in groups for p in group["params"]}
     places = [
         (gindex, pindex)
         for gindex, pindex in mng.index2config

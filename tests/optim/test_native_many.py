@@ -56,6 +56,51 @@ def test_together_is_one_by_one(family, bits, dtype):
             assert same(together.state[p][key], value), key
 
 
+GRADIENTS = {  # instead of the gradient of a parameter of 64 x 80
+    "negated": lambda g: torch._neg_view(-g),
+    "strided": lambda g: g.t().contiguous().t(),
+    "shared": lambda g: g,  # by two parameters
+    "missing": lambda g: None,
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_gradients_may_be_of_another_kind_at_every_step(kind):
+    params = [*parameters(torch.float32), nn.Parameter(torch.randn(64, 80))]
+    twins = copy.deepcopy(params)
+    together, apart = optim.AdamW8bit(params), one_by_one("AdamW8bit", twins)
+    changed = [i for i, p in enumerate(params) if p.dim() == 2]
+
+    for turn in range(7):
+        step_on = torch.randn(64, 80)
+        for p, q in zip(params, twins, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        if turn % 3 == 2:
+            for i in changed if kind == "shared" else changed[:1]:
+                params[i].grad = GRADIENTS[kind](step_on)
+                twins[i].grad = None if params[i].grad is None else step_on.clone()
+        together.step()
+        apart.step()
+
+    assert all(map(torch.equal, params, twins))
+    assert [together.state[p]["step"] for p in params] == [apart.state[q]["step"] for q in twins]
+
+
+def test_a_step_on_familiar_gradients_is_seen_by_whoever_watches_operators():
+    params = parameters(torch.float32)
+    optimizer = optim.AdamW8bit(params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    for _ in range(2):
+        optimizer.step()
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+
+    assert "bitsandbytes::optimizer_update_many" in {event.key for event in profile.key_averages()}
+
+
 def test_the_number_of_threads_changes_nothing():
     before, results = torch.get_num_threads(), []
     try:

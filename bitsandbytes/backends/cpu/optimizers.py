@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..._formats.rules import RULES
 from ..._native import ABI, DTYPE_ID, RULE_ID, has_native, lib, ptr, threads
@@ -91,7 +92,7 @@ def _update_many(
     if not g:
         return
     hyper = ABI.structs["bnb_optimizer_hyper"]  # type: ignore[union-attr]
-    addresses = array("q", [gradient.data_ptr() for gradient in g]).tobytes()
+    addresses = struct.pack(f"{len(g)}q", *map(Tensor.data_ptr, g))
     each, first, entry_bytes = len(settings) // len(counts), 0, table.stride(0) * table.itemsize
     for row, count in enumerate(counts):
         *numbers, skip_zeros = settings[row * each : (row + 1) * each]

@@ -6,8 +6,8 @@ strided one, is copied to the device and back.
 
 from __future__ import annotations
 
+import struct
 import warnings
-from array import array
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -120,7 +120,7 @@ def _update_many(
     config_bytes, entry_bytes = len(bytes(config())), table.stride(0) * table.itemsize
     assert config_bytes * len(g) <= configs.nbytes
     assert scratch is None or lib.bnb_cuda_optimizer_scratch(len(g)) <= scratch.nbytes
-    addresses = array("q", map(Tensor.data_ptr, g)).tobytes()
+    addresses = struct.pack(f"{len(g)}q", *map(Tensor.data_ptr, g))
     each, first = len(settings) // len(counts), 0
     entries, derived = table.data_ptr(), configs.data_ptr()
     with device_of(table):
