@@ -6,35 +6,12 @@
 #pragma once
 
 #include "gemm_4bit_activations.inl"
+#include "gemm_4bit_pairs.inl"
 #include "gemm_4bit_panel.inl"
 
 BNB_NAMESPACE_BEGIN
 
 constexpr int64_t kMaxRows = 384;  // activations that share one decoded panel: they stay in the second-level cache
-constexpr int64_t kTaskProducts = 1 << 19;  // multiplications of a task; enough to pay for waking a thread
-
-// out [rows, columns] of a product, `stride` elements from row to row.
-template <class T>
-struct Output {
-    T* out;
-    const T* bias;
-    int64_t stride;
-
-    // `count` columns of one row, from sums in whole vectors.
-    BNB_INLINE void write(int64_t row, int64_t column, int64_t count, const float* sums) const {
-        T* const target = out + row * stride + column;
-        for (int64_t c = 0; c < count; c += kWidth) {
-            const int64_t rest = count - c;
-            F32 sum = load(sums + c);
-            if (bias) sum = sum + (rest < kWidth ? load_partial(bias + column + c, rest) : load(bias + column + c));
-            if (rest < kWidth) {
-                store_partial(target + c, sum, rest);
-            } else {
-                store(target + c, sum);
-            }
-        }
-    }
-};
 
 template <class Engine, int kRows = kTileRows>
 BNB_INLINE auto tile_kernel(int64_t rows) {
@@ -43,15 +20,6 @@ BNB_INLINE auto tile_kernel(int64_t rows) {
     } else {
         return rows == kRows ? &multiply_tile<Engine, kRows> : tile_kernel<Engine, kRows - 1>(rows);
     }
-}
-
-// Call body(Constant<rows>) for 1 <= rows <= kMost.
-template <int kMost, class Body>
-BNB_INLINE void with_constant(int64_t rows, const Body& body) {
-    if constexpr (kMost > 1) {
-        if (rows < kMost) return with_constant<kMost - 1>(rows, body);
-    }
-    body(Constant<kMost>{});
 }
 
 // Words of an activation row at a time, so that all rows stay in the first-level cache.
@@ -227,6 +195,11 @@ void gemm_4bit(const GemmProblem<T>& p, int32_t threads) {
     if (p.M == 0 || p.N == 0) return;
     using Engine = typename EngineOf<T>::type;
     const int64_t segment = greatest_common_divisor(p.K, p.blocksize);
+#ifdef BNB_HAVE_PAIRS
+    if constexpr (Engine::kDepth == 2) {
+        if (segment % kScaledCodes == 0 && p.K > 0) return multiply_pairs(p, threads);
+    }
+#endif
     if (segment % kWordCodes == 0) {
         const WordPanels<Engine> shared{p.packed,    p.scales, typename Engine::Table(p.code), p.N, p.K,
                                         p.blocksize, segment};

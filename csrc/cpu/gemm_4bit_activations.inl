@@ -1,9 +1,35 @@
-// Activations as the kernels of gemm_4bit_tile.inl read them: 32-bit words of one or two values, packed once a product.
+// Activations as the kernels of gemm_4bit_tile.inl read them: 32-bit words of one or two values, packed once a product;
+// and where their sums go.
 #pragma once
 
 #include "gemm_4bit_tile.inl"
 
 BNB_NAMESPACE_BEGIN
+
+constexpr int64_t kTaskProducts = 1 << 19;  // multiplications of a task; enough to pay for waking a thread
+
+// out [rows, columns] of a product, `stride` elements from row to row.
+template <class T>
+struct Output {
+    T* out;
+    const T* bias;
+    int64_t stride;
+
+    // `count` columns of one row, from sums in whole vectors.
+    BNB_INLINE void write(int64_t row, int64_t column, int64_t count, const float* sums) const {
+        T* const target = out + row * stride + column;
+        for (int64_t c = 0; c < count; c += kWidth) {
+            const int64_t rest = count - c;
+            F32 sum = load(sums + c);
+            if (bias) sum = sum + (rest < kWidth ? load_partial(bias + column + c, rest) : load(bias + column + c));
+            if (rest < kWidth) {
+                store_partial(target + c, sum, rest);
+            } else {
+                store(target + c, sum);
+            }
+        }
+    }
+};
 
 // For tiles: rows in groups of up to `group`, [steps][rows of the group]; what is beyond the depth is zero.
 struct Activations {

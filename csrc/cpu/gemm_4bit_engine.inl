@@ -73,4 +73,13 @@ BNB_INLINE void unrolled(const Body& body) {
     }
 }
 
+// Call body(Constant<rows>) for 1 <= rows <= kMost.
+template <int kMost, class Body>
+BNB_INLINE void with_constant(int64_t rows, const Body& body) {
+    if constexpr (kMost > 1) {
+        if (rows < kMost) return with_constant<kMost - 1>(rows, body);
+    }
+    body(Constant<kMost>{});
+}
+
 BNB_NAMESPACE_END

@@ -41,6 +41,68 @@ BNB_INLINE I32 round_to_pairs(F32 even, F32 odd) {
     return {_mm512_permutexvar_epi16(_mm512_loadu_si512(order.lane), halves)};
 }
 
+// The codes of a vector of packed words, decoded in four steps of a pair a lane. Its halves belong to two blocks, whose
+// absmax the sixteen values are multiplied with; the fifth bit of an index says which half it is in.
+struct ScaledCodes {
+    __m512i values;
+    __m512i low, high;  // the index of each byte's low and high nibble
+
+    ScaledCodes(const Table16& table, I32 words, const float* scales) {
+        const __m512i nibble = _mm512_set1_epi8(15);
+        const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
+        constexpr int kAndOr = 0xea;  // (first & second) | third
+        values = (__m512i)_mm512_cvtne2ps_pbh(
+            _mm512_mul_ps(table.v, _mm512_set1_ps(scales[1])), _mm512_mul_ps(table.v, _mm512_set1_ps(scales[0])));
+        low = _mm512_ternarylogic_epi64(words.v, nibble, half, kAndOr);
+        high = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words.v, 4), nibble, half, kAndOr);
+    }
+};
+
+constexpr int kStepCode[4] = {1, 0, 3, 2};  // 16-bit lane i holds code 4 * i + kStepCode[step]
+
+template <int step>
+BNB_INLINE I32 scaled_pairs(const ScaledCodes& codes) {
+    const __m512i bytes = step % 2 ? codes.high : codes.low;
+    return {_mm512_permutexvar_epi16(step < 2 ? bytes : _mm512_srli_epi16(bytes, 8), codes.values)};
+}
+
+// Activations of 128 codes in that order: step s at target + s * stride.
+BNB_INLINE void store_steps(const BFloat16* values, uint32_t* target, int64_t stride) {
+    static const struct Order {
+        uint16_t lane[2][32];
+        constexpr Order() : lane() {
+            for (int step = 0; step < 4; ++step) {
+                for (int i = 0; i < 16; ++i)
+                    lane[step / 2][step % 2 * 16 + i] = static_cast<uint16_t>(4 * i + kStepCode[step]);
+            }
+        }
+    } order;
+    __m512i quarter[4];
+    for (int i = 0; i < 4; ++i) quarter[i] = _mm512_loadu_si512(values + 32 * i);
+    for (int pair = 0; pair < 2; ++pair) {
+        const __m512i lane = _mm512_loadu_si512(order.lane[pair]);
+        const __m512i first = _mm512_permutex2var_epi16(quarter[0], lane, quarter[1]);
+        const __m512i second = _mm512_permutex2var_epi16(quarter[2], lane, quarter[3]);
+        _mm512_storeu_si512(target + (2 * pair) * stride, _mm512_shuffle_i64x2(first, second, 0x44));
+        _mm512_storeu_si512(target + (2 * pair + 1) * stride, _mm512_shuffle_i64x2(first, second, 0xee));
+    }
+}
+
+// Lane i is the sum of the lanes of sums[i].
+BNB_INLINE F32 sums_of_lanes(const F32 (&sums)[kWidth]) {
+    const auto words = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    };
+    const auto four = [&](const F32* s) {
+        const __m512d a = _mm512_castps_pd(words(s[0].v, s[1].v)), b = _mm512_castps_pd(words(s[2].v, s[3].v));
+        return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    };
+    const auto quarters = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return {quarters(quarters(four(sums), four(sums + 4)), quarters(four(sums + 8), four(sums + 12)))};
+}
+
 // sum + a.even * b.even + a.odd * b.odd, b the same pair for all lanes.
 BNB_INLINE F32 add_pair_products(F32 sum, I32 a, I32 b) {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
