@@ -1,12 +1,12 @@
 """The library as built for another processor, called through an emulator: a native library by its functions.
 
-Pointers of the arguments are looked up among the live tensors, whose memory travels to the other process and back.
+While there is such a library, tensors that say where their memory is are noted; what the arguments point to is looked
+up there, and travels to the other process and back.
 """
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import shutil
 import struct
@@ -37,6 +37,7 @@ class EmulatedLibrary:
     """Calls to ``command``'s library; no function of it may keep a pointer."""
 
     def __init__(self, command: list[str], isa: str) -> None:
+        _MEMORY.watch()
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -45,6 +46,7 @@ class EmulatedLibrary:
         )
 
     def close(self) -> None:
+        _MEMORY.forget()
         self._process.stdin.close()
         self._process.wait(60)
 
@@ -63,7 +65,9 @@ class EmulatedLibrary:
             _is_pointer(kind) and bool(value)
             for kind, value in zip(prototype.argtypes, arguments, strict=True)
         ]
-        regions = _regions([value for value, points in zip(arguments, pointers, strict=True) if points])
+        regions = _MEMORY.regions(
+            [value for value, points in zip(arguments, pointers, strict=True) if points]
+        )
         starts = list(regions)
         request = [_integers(len(name)), name.encode(), _integers(len(starts))]
         for start in starts:
@@ -101,21 +105,35 @@ def _is_pointer(kind: Any) -> bool:
     return kind is ctypes.c_void_p or (isinstance(kind, type) and issubclass(kind, ctypes._Pointer))
 
 
-def _regions(pointers: list[int]) -> dict[int, int]:
-    """Start and bytes of the tensor memory that each pointer lies in."""
-    found: dict[int, int] = {}
-    for item in gc.get_objects() if pointers else ():
-        if type(item) is torch.Tensor and item.layout == torch.strided and item.device.type == "cpu":
-            try:
-                storage = item.untyped_storage()
-                start, count = storage.data_ptr(), storage.nbytes()
-            except RuntimeError:  # a tracer's tensor, which has no memory
-                continue
-            if any(start <= pointer < start + count for pointer in pointers):
-                found[start] = count
-    missing = [p for p in pointers if not any(start <= p < start + count for start, count in found.items())]
-    assert not missing, f"pointers to no live tensor: {missing}"
-    return found
+class _Memory:
+    """Which storage each address lies in that a tensor gave out: the last one to have it, for memory is used again."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, tuple[int, int]] = {}  # address -> start and bytes of its storage
+        self._data_ptr = torch.Tensor.data_ptr
+
+    def watch(self) -> None:
+        def data_ptr(tensor: torch.Tensor) -> int:
+            address = self._data_ptr(tensor)
+            if address and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                self._storages[address] = storage.data_ptr(), storage.nbytes()
+            return address
+
+        torch.Tensor.data_ptr = data_ptr  # type: ignore[method-assign,assignment]
+
+    def forget(self) -> None:
+        torch.Tensor.data_ptr = self._data_ptr  # type: ignore[method-assign]
+        self._storages.clear()
+
+    def regions(self, pointers: list[int]) -> dict[int, int]:
+        """Start and bytes of the memory that each pointer lies in."""
+        missing = [pointer for pointer in pointers if pointer not in self._storages]
+        assert not missing, f"pointers that no tensor gave out: {missing}"
+        return dict(self._storages[pointer] for pointer in pointers)
+
+
+_MEMORY = _Memory()
 
 
 def _integers(*values: int) -> bytes:
