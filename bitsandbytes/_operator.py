@@ -1,7 +1,7 @@
 """What an operator is: a schema, one function that checks and says what the results look like, and kernels.
 
-That function runs first in every eager call, is the shape function under tracing, and guards the ``.out`` overload,
-so checks and shapes exist once. A backend supplies the filling alone.
+That function runs first in every eager call, is the shape function under tracing, and guards the ``.out`` overload
+(which takes one tensor for each result), so checks and shapes exist once. A backend supplies the filling alone.
 
 torch drops trailing arguments that equal their defaults before it calls a Python kernel; ``Operator`` puts them back
 from the check's signature, so a filling function never states a default.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +115,7 @@ class Operator:
     fills those. Where sizes depend on data, ``fake`` replaces the shape function and kernels return their results.
     """
 
-    def __init__(self, schema: str, check: Callable, fake: Callable | None, out: bool) -> None:
+    def __init__(self, schema: str, check: Callable, fake: Callable | None, out: Sequence[str]) -> None:
         self.schema = schema
         self.name = schema[: schema.index("(")]
         self.check = check
@@ -129,12 +130,14 @@ class Operator:
         self._tensor_positions = [
             i for i, text in enumerate(arguments.split(", ")) if text.startswith("Tensor")
         ]
-        self._has_out = out
+        self._pick_tensors: dict[int, Callable[[tuple], Sequence[Any]]] = {}
+        self._outs = tuple(out)
 
         _LIBRARY.define(schema)
         register_fake(f"bitsandbytes::{self.name}", fake or self._fake, lib=_LIBRARY)
         if out:
-            _LIBRARY.define(f"{self.name}.out({arguments}, Tensor! out) -> ()")
+            targets = ", ".join(f"Tensor! {name}" for name in out)
+            _LIBRARY.define(f"{self.name}.out({arguments}, {targets}) -> ()")
             register_fake(f"bitsandbytes::{self.name}.out", self._fake_out, lib=_LIBRARY)
         self._packet = getattr(torch.ops.bitsandbytes, self.name)
 
@@ -162,18 +165,25 @@ class Operator:
 
     def _direct_kernel(self, args: tuple, unknown: Sequence[int] | None = None) -> Callable | None:
         """The kernel that the dispatcher would find; None where it has to be asked, of tensors at ``unknown`` or all."""
-        positions = self._tensor_positions if unknown is None else unknown
-        if not _unobserved() or not _plain(self._tensors(args, positions), torch.is_grad_enabled()):
+        if not _unobserved():
             return None
-        device = args[self._position_of_tensor].device.type
+        tensors = self._tensors(args) if unknown is None else [args[i] for i in unknown if i < len(args)]
+        if not _plain(tensors, torch.is_grad_enabled()):
+            return None
+        first = args[self._position_of_tensor]
+        device = "cpu" if first.is_cpu else first.device.type  # an attribute is quicker than a device object
         if device not in self._direct:
             self._direct[device] = self._find_kernel(device)
         kernel, names = self._direct[device]
         return kernel if names.isdisjoint(_FOREIGN_KERNELS) else None  # type: ignore[arg-type]
 
-    def _tensors(self, args: tuple, positions: Sequence[int]) -> list[Any]:
+    def _tensors(self, args: tuple) -> Sequence[Any]:
+        """The arguments that may be tensors; trailing ones may have been left out."""
         count = len(args)
-        return [args[i] for i in positions if i < count]
+        if count not in self._pick_tensors:
+            positions = [i for i in self._tensor_positions if i < count]
+            self._pick_tensors[count] = itemgetter(*positions, positions[-1])  # of two positions a tuple
+        return self._pick_tensors[count](args)
 
     def _find_kernel(self, device: str) -> tuple[Callable | None, frozenset[str]]:
         """Our kernel for a device type, and the names under which a third party would have replaced it."""
@@ -193,7 +203,7 @@ class Operator:
             self._direct.clear()
             key = _DISPATCH_KEYS.get(device, device.upper())
             _implement(self.name, self._eager(fill), key)
-            if self._has_out:
+            if self._outs:
                 _implement(f"{self.name}.out", self._eager_out(fill), key)
             return fill
 
@@ -219,7 +229,10 @@ class Operator:
         first = args[self._position_of_tensor]
         if isinstance(results, Result):
             shape, dtype = results
-            return first.new_empty(shape) if dtype == first.dtype else first.new_empty(shape, dtype=dtype)
+            if not shape:
+                return first.new_empty(shape, dtype=dtype)
+            # Sizes one by one and no dtype are parsed sooner.
+            return first.new_empty(*shape) if dtype == first.dtype else first.new_empty(*shape, dtype=dtype)
         if results is None:
             return None
         return tuple(first.new_empty(shape, dtype=dtype) for shape, dtype in results)
@@ -228,10 +241,17 @@ class Operator:
         args = self._complete(args)
         return self._allocate(args, self.check(*args))
 
+    def _given_outs(self, args: tuple) -> tuple[tuple, tuple[Tensor, ...]]:
+        """The inputs of an ``.out`` call, and its targets after their check."""
+        inputs, targets = self._complete(args[: -len(self._outs)]), args[-len(self._outs) :]
+        results = self.check(*inputs)
+        results = (results,) if isinstance(results, Result) else results
+        for name, target, result in zip(self._outs, targets, results, strict=True):
+            self._check_out(name, target, result, inputs)
+        return inputs, targets
+
     def _fake_out(self, *args: Any) -> None:
-        *given, out = args
-        inputs = self._complete(tuple(given))
-        self._check_out(out, self.check(*inputs), inputs)
+        self._given_outs(args)
 
     def _eager(self, fill: Callable, allocate: Callable | None = None) -> Callable:
         check, complete, allocate = self.check, self._complete, allocate or self._allocate
@@ -260,28 +280,29 @@ class Operator:
 
     def _eager_out(self, fill: Callable) -> Callable:
         def run(*args):
-            *given, out = args
-            inputs = self._complete(tuple(given))
-            result = self.check(*inputs)
-            self._check_out(out, result, inputs)
-            if out.is_contiguous() and not any(_shares_memory(out, x) for x in inputs):
-                fill(*inputs, out)
-            else:
-                buffer = torch.empty(result.shape, dtype=result.dtype, device=out.device)
-                fill(*inputs, buffer)
-                out.copy_(buffer)
+            inputs, targets = self._given_outs(args)
+            filled = [
+                target
+                if target.is_contiguous() and not any(_shares_memory(target, x) for x in inputs)
+                else torch.empty_like(target, memory_format=torch.contiguous_format)
+                for target in targets
+            ]
+            fill(*inputs, *filled)
+            for target, values in zip(targets, filled, strict=True):
+                if values is not target:
+                    target.copy_(values)
 
         return run
 
-    def _check_out(self, out: Tensor, result: Result, inputs: tuple) -> None:
+    def _check_out(self, name: str, out: Tensor, result: Result, inputs: tuple) -> None:
         device = inputs[self._position_of_tensor].device
         if tuple(out.shape) != tuple(result.shape):
-            raise ArgumentError(f"Expected out.shape == {tuple(result.shape)}, got {tuple(out.shape)}")
+            raise ArgumentError(f"Expected {name}.shape == {tuple(result.shape)}, got {tuple(out.shape)}")
         if out.device != device:
-            raise ArgumentError(f"Expected out.device == {device}, got {out.device}")
+            raise ArgumentError(f"Expected {name}.device == {device}, got {out.device}")
         if out.dtype != result.dtype:
             raise ArgumentError(
-                f"Expected out.dtype == {str(result.dtype).removeprefix('torch.')}, got {out.dtype}"
+                f"Expected {name}.dtype == {str(result.dtype).removeprefix('torch.')}, got {out.dtype}"
             )
 
 
@@ -292,12 +313,16 @@ def _shares_memory(out: Tensor, value: Any) -> bool:
 
 
 def operator(
-    schema: str, *, out: bool = False, fake: Callable | None = None
+    schema: str, *, out: bool | Sequence[str] = (), fake: Callable | None = None
 ) -> Callable[[Callable], Operator]:
-    """Declare an operator; the decorated function is its check. ``out=True`` defines the ``.out`` overload too."""
+    """Declare an operator; the decorated function is its check.
+
+    ``out`` defines the ``.out`` overload too, with one argument for each result: their names, or True for "out" alone.
+    """
+    outs = ("out",) if out is True else out or ()
 
     def declare(check: Callable) -> Operator:
-        declared = Operator(schema, check, fake, out)
+        declared = Operator(schema, check, fake, outs)
         OPERATORS[declared.name] = declared
         return declared
 

@@ -191,7 +191,8 @@ def _check_matmul_4bit(A: Tensor, B: Tensor, shapeB, blocksize) -> Result:
         )
     check_blocksize(blocksize)
     check_packed(B, N * K, "B")
-    return Result((*shape[:-1], N), A.dtype)
+    *outer, _ = shape  # a slice of torch.Size costs more
+    return Result((*outer, N), A.dtype)
 
 
 @operator(
@@ -278,7 +279,9 @@ def gemv_4bit(A: Tensor, B: Tensor, shapeB, absmax: Tensor, code: Tensor, blocks
 # --- 8-bit block-wise ------------------------------------------------------------------------------------------
 
 
-@operator("quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)")
+@operator(
+    "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)", out=("out", "absmax")
+)
 def quantize_blockwise(A: Tensor, code: Tensor, blocksize):
     """``(codes like A, absmax [blocks])``: the nearest entry of the ascending map ``code``; a tie takes the lower."""
     check_positive_blocksize(blocksize)
@@ -489,5 +492,5 @@ optimizer_update_many = Operator(
     "int blocks) -> ()",
     _check_update_many,
     None,
-    False,
+    (),
 )

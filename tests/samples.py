@@ -17,6 +17,7 @@ __all__ = ["OPERATOR_NAMES", "OUT_OVERLOADS", "samples"]
 OUT_OVERLOADS = (
     "dequantize_4bit",
     "gemv_4bit",
+    "quantize_blockwise",
     "dequantize_blockwise",
     "int8_linear_matmul",
     "dequantize_4bit_nested",

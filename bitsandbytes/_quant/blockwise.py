@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -22,16 +25,44 @@ def _default_map(device: torch.device) -> Tensor:
     return code
 
 
-def _fill(out: Tensor | None, values: Tensor, name: str = "out") -> Tensor:
-    """``values``, in the caller's tensor if there is one."""
-    if out is None:
-        return values
-    if out.numel() != values.numel() or out.dtype != values.dtype:
+def _check_target(out: Tensor, shape: Sequence[int], dtype: torch.dtype, name: str) -> None:
+    if out.numel() != prod(shape) or out.dtype != dtype:
         raise ArgumentError(
-            f"{name} must have {values.numel()} elements of {values.dtype} (shape {tuple(values.shape)}), "
+            f"{name} must have {prod(shape)} elements of {dtype} (shape {tuple(shape)}), "
             f"got {out.numel()} of {out.dtype} (shape {tuple(out.shape)})"
         )
+
+
+def _fill(out: Tensor | None, values: Tensor, name: str = "out") -> Tensor:
+    """``values``, in the caller's tensor if there is one."""
+    if out is None or out is values:
+        return values
+    _check_target(out, values.shape, values.dtype, name)
     return out.copy_(values.view(out.shape))
+
+
+def _quantize_into(
+    A: Tensor, code: Tensor, blocksize: int, out: Tensor | None, absmax: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes and statistics, in the caller's tensors where there are some; those must be plain memory beside ``A``."""
+    check_positive_blocksize(blocksize)
+    blocks = (-(A.numel() // -blocksize),)
+    targets = []
+    for given, shape, dtype, name in (
+        (out, A.shape, torch.uint8, "out"),
+        (absmax, blocks, torch.float32, "absmax"),
+    ):
+        if given is not None:
+            _check_target(given, shape, dtype, name)
+            if given.device != A.device or not given.is_contiguous():
+                codes, statistics = torch.ops.bitsandbytes.quantize_blockwise(A, code, blocksize)
+                return _fill(out, codes), _fill(absmax, statistics, "absmax")
+        targets.append(A.new_empty(shape, dtype=dtype) if given is None else given)
+    codes, statistics = targets
+    torch.ops.bitsandbytes.quantize_blockwise.out(
+        A, code, blocksize, codes.view(A.shape), statistics.view(blocks)
+    )
+    return codes, statistics
 
 
 def quantize_blockwise(
@@ -53,8 +84,11 @@ def quantize_blockwise(
         ValueError: ``A`` is no 16/32-bit float tensor, ``blocksize`` is not positive, or a tensor does not fit.
     """
     code = _default_map(A.device) if code is None else code.to(A.device)
-    codes, statistics = torch.ops.bitsandbytes.quantize_blockwise(A.detach(), code, blocksize)
-    codes = _fill(out, codes)
+    values, own_absmax = A.detach(), None if nested else absmax
+    if out is None and own_absmax is None:
+        codes, statistics = torch.ops.bitsandbytes.quantize_blockwise(values, code, blocksize)
+    else:
+        codes, statistics = _quantize_into(values, code, blocksize, out, own_absmax)
 
     if nested:
         offset = statistics.mean()
@@ -68,7 +102,6 @@ def quantize_blockwise(
             state2=state2,
         )
     else:
-        statistics = _fill(absmax, statistics, "absmax")
         state = QuantState(absmax=statistics, code=code.clone(), blocksize=blocksize, dtype=A.dtype)
     return codes, state
 

@@ -97,12 +97,13 @@ def test_every_operator_agrees_with_the_default_backend(device, name):
 def test_out_overload_fills_the_same_values(device, name, layout):
     packet = getattr(torch.ops.bitsandbytes, name)
     for arguments in samples(name, device):
-        expected = packet(*arguments)
-        wide = torch.full((2, *expected.shape), 77, device=device).to(expected.dtype)
-        out = wide[0] if layout == "plain" else wide.movedim(0, -1).contiguous()[..., 0]
+        results = packet(*arguments)
+        expected = results if isinstance(results, tuple) else (results,)
+        wide = [torch.full((2, *one.shape), 77, device=device).to(one.dtype) for one in expected]
+        outs = [both[0] if layout == "plain" else both.movedim(0, -1).contiguous()[..., 0] for both in wide]
 
-        assert packet.out(*arguments, out) is None
-        assert torch.equal(out, expected)
+        assert packet.out(*arguments, *outs) is None
+        assert all(map(torch.equal, outs, expected))
 
 
 def test_out_may_share_memory_with_an_input(device):

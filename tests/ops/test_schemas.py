@@ -77,7 +77,9 @@ def sample(name: str, index: int, device: str = "cpu") -> tuple:
     packet = name.removesuffix(".out")
     arguments = samples(packet, device)[index]
     if name.endswith(".out"):
-        arguments = (*arguments, torch.empty_like(overload(packet)(*arguments)))
+        results = overload(packet)(*arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        arguments = (*arguments, *map(torch.empty_like, results))
     return arguments
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
 from bitsandbytes import functional as F
@@ -280,6 +281,31 @@ def test_results_go_where_the_caller_wants_them(device, layout):
     assert torch.equal(absmax, state.absmax)
     if layout == "strided":
         assert (wide[:, 1::2] == 99).all()
+
+
+@pytest.mark.parametrize("wanted", ["out", "absmax", "both"])
+def test_codes_are_written_where_the_caller_wants_them_without_a_copy(device, wanted):
+    """No tensor as large as the codes is made beside the caller's."""
+    values = torch.randn(64, 100, device=device)
+    expected, state = F.quantize_blockwise(values, blocksize=64)
+    targets = {
+        "out": torch.full((6400,), 99, dtype=torch.uint8, device=device),  # as many elements in another shape
+        "absmax": torch.full((100,), torch.nan, device=device),
+    }
+    targets = targets if wanted == "both" else {wanted: targets[wanted]}
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        codes, found = F.quantize_blockwise(values, blocksize=64, **targets)
+
+    assert "copy_" not in made
+    assert codes is targets.get("out", codes) and found.absmax is targets.get("absmax", found.absmax)
+    assert torch.equal(codes.view(64, 100), expected) and torch.equal(found.absmax, state.absmax)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
