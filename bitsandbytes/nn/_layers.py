@@ -27,6 +27,7 @@ __all__ = [
     "move_state",
     "move_tensor",
     "move_with_statistics",
+    "parameter_of",
     "restore_class",
 ]
 
@@ -114,9 +115,15 @@ def _holds_codes(weight: Params4bit | Int8Params) -> bool:
     return weight.bnb_quantized if isinstance(weight, Params4bit) else weight.dtype == torch.int8
 
 
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)``, without the half microsecond of ``nn.Module.__getattr__`` where it is a parameter."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
 def bias_as(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
     """The layer's bias in ``dtype``. The parameter itself is cast, as programs expect; saving still writes the original."""
-    bias = module.bias
+    bias = parameter_of(module, "bias")
     if bias is None or bias.dtype == dtype:
         return bias
     if torch.compiler.is_compiling():

@@ -20,6 +20,7 @@ from ._layers import (
     check_format_and_storage,
     forget_given_bias,
     move_with_statistics,
+    parameter_of,
     restore_class,
 )
 from ._notices import notify
@@ -91,7 +92,7 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]`` in x's dtype; gradients reach x and the bias."""
-        weight = self.weight
+        weight = parameter_of(self, "weight")
         quant_state = getattr(weight, "quant_state", None)
         if quant_state is None:
             quant_state = quant_state_of(self)

@@ -16,6 +16,7 @@ from ._layers import (
     forget_given_bias,
     move_tensor,
     move_with_statistics,
+    parameter_of,
     restore_class,
 )
 from .int8_params import Int8Params
@@ -70,7 +71,7 @@ class Linear8bitLt(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]`` in x's dtype."""
-        state, weight = self.state, self.weight
+        state, weight = self.state, parameter_of(self, "weight")
         if state.has_fp16_weights and state.is_training and not self.training:
             state.reset_grads()  # the weight may have been trained since it was quantized last
         state.is_training = self.training
@@ -86,7 +87,7 @@ class Linear8bitLt(nn.Linear):
 
     def _adopt_codes(self) -> None:
         """Make the parameter the int8 weight that the state holds, in case this forward quantized it."""
-        weight, codes = self.weight, self.state.CB
+        weight, codes = parameter_of(self, "weight"), self.state.CB
         if self.state.has_fp16_weights or codes is None or weight.data_ptr() == codes.data_ptr():
             return
         weight.requires_grad = False

@@ -100,28 +100,32 @@ def _dense_rows(dtype: torch.dtype) -> float:
 def _multiply(
     A: Tensor, B: Tensor, shapeB, absmax: Tensor, code: Tensor, blocksize: int, bias, nested, out: Tensor
 ) -> None:
-    """``nested`` holds absmax_8bit, absmax_code and absmax_offset, or three times None."""
+    """``nested`` holds absmax_8bit, absmax_code and absmax_offset, or three times None.
+
+    A call of a small layer is mostly this function, so it calls no other of ours.
+    """
     A, B, absmax, code = A.contiguous(), B.contiguous(), absmax.contiguous(), code.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    absmax_8bit, absmax_code, absmax_offset = _contiguous(nested)
+    bias = None if bias is None else bias.contiguous()
+    absmax_8bit, absmax_code, absmax_offset = nested
+    if absmax_8bit is not None:
+        absmax_8bit, absmax_code, absmax_offset = _contiguous(nested)
     N, K = shapeB
     lib.bnb_cpu_gemm_4bit(
         A.data_ptr(),
         DTYPE_ID[A.dtype],
         B.data_ptr(),
         absmax.data_ptr(),
-        ptr(absmax_8bit),
-        ptr(absmax_code),
-        ptr(absmax_offset),
+        None if absmax_8bit is None else absmax_8bit.data_ptr(),
+        None if absmax_code is None else absmax_code.data_ptr(),
+        None if absmax_offset is None else absmax_offset.data_ptr(),
         code.data_ptr(),
-        ptr(bias),
+        None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         A.numel() // K if K else A.shape[:-1].numel(),
         N,
         K,
         blocksize,
-        threads(),
+        torch.get_num_threads(),
     )
 
 
@@ -166,7 +170,8 @@ def _decode_and_multiply(
 @_native_kernel(gemm_4bit, "bnb_cpu_gemm_4bit")
 def _(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset, out):
     nested = absmax_8bit, absmax_code, absmax_offset
-    if A.dtype is torch.bfloat16 and A.shape[:-1].numel() >= _dense_rows(A.dtype):
+    most = _dense_rows(A.dtype)
+    if most < math.inf and A.shape[:-1].numel() >= most:
         if absmax_8bit is not None:
             absmax = expanded(absmax, *nested)
         _decode_and_multiply(A, B, shapeB, absmax, quant_type, blocksize, bias, out)
