@@ -182,7 +182,10 @@ class Operator:
         count = len(args)
         if count not in self._pick_tensors:
             positions = [i for i in self._tensor_positions if i < count]
-            self._pick_tensors[count] = itemgetter(*positions, positions[-1])  # of two positions a tuple
+            several = len(positions) > 1  # of one position itemgetter makes no tuple
+            self._pick_tensors[count] = (
+                itemgetter(*positions) if several else lambda args: [args[positions[0]]]
+            )
         return self._pick_tensors[count](args)
 
     def _find_kernel(self, device: str) -> tuple[Callable | None, frozenset[str]]:
