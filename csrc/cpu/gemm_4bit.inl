@@ -190,6 +190,11 @@ void stream(const GemmProblem<T>& p, const WordPanels<Engine>& shared, int32_t t
     });
 }
 
+template <class Engine, class T>
+WordPanels<Engine> word_panels(const GemmProblem<T>& p, int64_t segment) {
+    return {p.packed, p.scales, typename Engine::Table(p.code), p.N, p.K, p.blocksize, segment};
+}
+
 template <class T>
 void gemm_4bit(const GemmProblem<T>& p, int32_t threads) {
     if (p.M == 0 || p.N == 0) return;
@@ -201,9 +206,11 @@ void gemm_4bit(const GemmProblem<T>& p, int32_t threads) {
     }
 #endif
     if (segment % kWordCodes == 0) {
-        const WordPanels<Engine> shared{p.packed,    p.scales, typename Engine::Table(p.code), p.N, p.K,
-                                        p.blocksize, segment};
-        if (p.M <= kStreamRows && can_stream(segment)) return stream(p, shared, threads);
+        if (p.M <= kStreamRows && can_stream(segment)) {
+            using Streaming = typename StreamEngineOf<T>::type;
+            return stream(p, word_panels<Streaming>(p, segment), threads);
+        }
+        const WordPanels<Engine> shared = word_panels<Engine>(p, segment);
         for_activations<Engine>(
             p, p.N, p.K, false, threads,
             [&](const Activations& a, const Output<T>& output, int64_t first, int64_t last) {

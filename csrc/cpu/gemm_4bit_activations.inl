@@ -91,7 +91,8 @@ void pack_vectors(const T* A, int64_t rows, int64_t depth, uint32_t* words) {
             load_steps<Engine>(A + r * depth, k, depth, kVectorCodes, piece);
             for (int64_t s = 0; s < kSteps; ++s) {
                 for (int64_t lane = 0; lane < kWidth; ++lane) {
-                    words[(s * rows + r) * kWidth + lane] = piece[lane * kSteps + s];
+                    words[(s * rows + r) * kWidth + lane] =
+                        piece[Engine::position(static_cast<int>(s), static_cast<int>(lane))];
                 }
             }
         }

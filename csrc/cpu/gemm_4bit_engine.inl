@@ -13,6 +13,9 @@ struct FloatEngine {
     using Table = Table16;
     static constexpr int64_t kDepth = 1;  // values of one step
 
+    // Which word of the activations meets a lane of a step, of those that belong to a vector of codes.
+    static constexpr int position(int step, int lane) { return 8 * lane + step; }
+
     template <int step>
     static BNB_INLINE Weight decode(const Table& table, I32 words) {
         return lookup_nibble<8 * (step / 2) + (step % 2 ? 0 : 4)>(table, words);
@@ -28,11 +31,26 @@ struct FloatEngine {
     static BNB_INLINE Weight join(const F32* values) { return values[0]; }  // the kDepth values of one step
 };
 
+#ifdef BNB_HAVE_BYTE_TABLES
+// Weights in bfloat16, for activations that are no more exact; for streaming alone, because lanes mix words.
+struct ByteEngine : FloatEngine {
+    using Table = ByteTable;
+
+    static constexpr int position(int step, int lane) { return byte_step_code(step, lane); }
+    template <int step>
+    static BNB_INLINE Weight decode(const Table& table, I32 words) {
+        return lookup_bytes<step>(table, words);
+    }
+};
+#endif
+
 #ifdef BNB_HAVE_PAIRS
 struct PairEngine {
     using Weight = I32;
     using Table = PairTable;
     static constexpr int64_t kDepth = 2;
+
+    static constexpr int position(int step, int lane) { return 4 * lane + step; }
 
     template <int step>
     static BNB_INLINE Weight decode(const Table& table, I32 words) {
@@ -56,6 +74,16 @@ struct EngineOf {
 template <>
 struct EngineOf<BFloat16> {
     using type = PairEngine;
+};
+#endif
+
+// The engine that streams.
+template <class T>
+struct StreamEngineOf : EngineOf<T> {};
+#ifdef BNB_HAVE_BYTE_TABLES
+template <>
+struct StreamEngineOf<BFloat16> {
+    using type = ByteEngine;
 };
 #endif
 

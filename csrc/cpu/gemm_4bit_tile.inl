@@ -25,6 +25,9 @@ constexpr int stream_weights(int rows) {
     return (kWidth >= 16 ? rows <= 2 : rows == 1) ? 4 : rows <= (kWidth >= 16 ? 6 : 2) ? 2 : 1;
 }
 
+// Whether one weight row after the other is decoded, because what steps share of several would not fit.
+constexpr bool kRegistersAreFew = kWidth < 16;
+
 // The same of some weight rows: their packed codes, and the absmax of each segment.
 template <int kWeights>
 struct WeightRows {
@@ -55,18 +58,19 @@ void stream_rows(
                 words[w.number] = load_words(source);
                 BNB_PREFETCH(source + row.ahead);
             });
-            unrolled<kSteps>([&](auto step) {
-                typename Engine::Weight weight[kWeights];
-                unrolled<kWeights>(
-                    [&](auto w) { weight[w.number] = Engine::template decode<step.number>(table, words[w.number]); });
+            const auto multiply = [&](auto step, auto w) {
+                const auto weight = Engine::template decode<step.number>(table, words[w.number]);
                 unrolled<kRows>([&](auto r) {
                     const auto a = Engine::load_weight(activations + (step.number * kRows + r.number) * kWidth);
-                    unrolled<kWeights>([&](auto w) {
-                        F32& target = sum[w.number * kRows + r.number];
-                        target = Engine::add_product(target, weight[w.number], a);
-                    });
+                    F32& target = sum[w.number * kRows + r.number];
+                    target = Engine::add_product(target, weight, a);
                 });
-            });
+            };
+            if constexpr (kRegistersAreFew) {
+                unrolled<kWeights>([&](auto w) { unrolled<kSteps>([&](auto step) { multiply(step, w); }); });
+            } else {
+                unrolled<kSteps>([&](auto step) { unrolled<kWeights>([&](auto w) { multiply(step, w); }); });
+            }
             activations += kSteps * kRows * kWidth;
         }
         unrolled<kWeights>([&](auto w) {

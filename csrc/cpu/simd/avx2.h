@@ -161,6 +161,40 @@ BNB_INLINE F32 lookup_nibble(const Table16& table, I32 words) {
     return lookup(table, I32{_mm256_srli_epi32(words.v, k)});
 }
 
+#define BNB_HAVE_BYTE_TABLES
+
+// Sixteen values in bfloat16 as two tables of bytes, which one shuffle looks 32 codes up in.
+struct ByteTable {
+    __m256i lower, upper;
+
+    explicit ByteTable(const float* values) {
+        uint8_t bytes[2][16];
+        for (int i = 0; i < 16; ++i) {
+            const uint16_t rounded = from_float<BFloat16>(values[i]).bits;
+            bytes[0][i] = static_cast<uint8_t>(rounded), bytes[1][i] = static_cast<uint8_t>(rounded >> 8);
+        }
+        lower = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[0])));
+        upper = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[1])));
+    }
+};
+
+// Step s of eight for the 64 codes of eight words: lane i holds code byte_step_code(s, i). What steps share is computed
+// once, since the compiler sees all eight.
+template <int step>
+BNB_INLINE F32 lookup_bytes(const ByteTable& table, I32 words) {
+    const __m256i codes = _mm256_and_si256(step & 4 ? words.v : _mm256_srli_epi32(words.v, 4), _mm256_set1_epi8(15));
+    const __m256i lower = _mm256_shuffle_epi8(table.lower, codes), upper = _mm256_shuffle_epi8(table.upper, codes);
+    const __m256i pairs = step & 2 ? _mm256_unpackhi_epi8(lower, upper) : _mm256_unpacklo_epi8(lower, upper);
+    return {_mm256_castsi256_ps(
+        step & 1 ? _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000)))
+                 : _mm256_slli_epi32(pairs, 16))};
+}
+
+constexpr int byte_step_code(int step, int lane) {
+    const int word = lane / 4 * 4 + (step & 2) + lane % 4 / 2, byte = lane % 2 * 2 + (step & 1);
+    return 8 * word + 2 * byte + (step & 4 ? 1 : 0);
+}
+
 BNB_INLINE void load_transposed(const void* const (&row)[kWidth], int64_t offset, I32 (&words)[kWidth]) {
     __m256i pair[8], quad[8];
     for (int i = 0; i < 8; i += 2) {
