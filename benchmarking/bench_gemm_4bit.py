@@ -23,7 +23,9 @@ import torch
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
-QUICK_TOKENS = [1, 8, 16, 32, 64]
+QUICK_TOKENS = [1, 8, 16, 32, 64, 128, 256, 512]
+TRAINED = [(4096, 4096), (14336, 4096)]
+TRAINING_TOKENS = 2048
 BLOCKSIZE = 64
 DTYPE = torch.bfloat16
 _ROTATED_BYTES = 256 << 20  # of weights, several times a last-level cache
@@ -91,6 +93,30 @@ def times_of_dense(N: int, K: int, tokens: list[int]) -> dict[int, list[float]]:
             lambda i, A=A: torch.nn.functional.linear(A, weights[i % len(weights)]), max(20, len(weights))
         )
     return found
+
+
+def with_gradient(forward: Callable[[torch.Tensor], torch.Tensor], A: torch.Tensor) -> None:
+    """Forward and the gradient of the activations, as through a frozen layer."""
+    out = forward(A)
+    torch.autograd.grad(out, A, torch.ones_like(out))
+
+
+def times_of_training(N: int, K: int, M: int) -> tuple[list[float], list[float]]:
+    """Times of forward and gradient: through ``matmul_4bit``, and through the dense layer."""
+    import bitsandbytes as bnb
+
+    A = torch.randn(M, K, device="cuda", dtype=DTYPE, requires_grad=True)
+    dense = [torch.randn(N, K, device="cuda", dtype=DTYPE) / K**0.5 for _ in range(copies_of(N * K * 2))]
+    packed = [bnb.functional.quantize_4bit(weight, quant_type="nf4") for weight in dense]
+
+    def ours(i: int) -> None:
+        weight, state = packed[i % len(packed)]
+        with_gradient(lambda x: bnb.matmul_4bit(x, weight.t(), state), A)
+
+    def theirs(i: int) -> None:
+        with_gradient(lambda x: torch.nn.functional.linear(x, dense[i % len(dense)]), A)
+
+    return graph_times(ours, 20), graph_times(theirs, 20)
 
 
 def moved(M: int, N: int, K: int, nested: bool) -> int:
@@ -162,6 +188,10 @@ def main() -> None:
                 theirs = times_of_package(options.package, N, K, tokens, nested)
                 for M in tokens:
                     add(f"{kind} other package", theirs[M], dense[M], M, N, K, nested)
+    for N, K in TRAINED:
+        ours, dense_times = times_of_training(N, K, TRAINING_TOKENS)
+        torch.cuda.empty_cache()
+        add("nf4 forward + dX", ours, dense_times, TRAINING_TOKENS, N, K, False)
     if not options.no_write:
         print(report.write())
 

@@ -367,12 +367,17 @@ BNB_API bnb_status bnb_cuda_embedding_8bit(
  * two. absmax_8bit is null; or it has one code per block, whose scale is then
  * absmax_code[absmax_8bit[b]] * absmax[b / 256] + *absmax_offset, with 256 entries in absmax_code. code has the sixteen
  * values, or is null: then they are those of format. tuning is what bnb_cuda_gemm_4bit_plan chose, or
- * BNB_GEMM_FUSED; a tuning >= 0 needs A and packed aligned to 16 bytes. */
+ * BNB_GEMM_FUSED; a tuning >= 0 needs A and packed aligned to 16 bytes. workspace has
+ * bnb_cuda_gemm_4bit_workspace bytes, aligned likewise, or is null if there are none; so it is with BNB_GEMM_FUSED. */
 BNB_API bnb_status bnb_cuda_gemm_4bit(
     const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const uint8_t* absmax_8bit,
     const float* absmax_code, const float* absmax_offset, const float* code, bnb_format format, const void* bias,
     void* out,
-    int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t tuning, bnb_stream stream);
+    int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t tuning, void* workspace, bnb_stream stream);
+
+/* Bytes of workspace that a tuning needs for a problem. A pure function, and part of every build. */
+BNB_API int64_t bnb_cuda_gemm_4bit_workspace(
+    bnb_dtype dtype, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t tuning);
 
 /* The tuning with which bnb_cuda_gemm_4bit computes a problem fastest on a GPU of this compute capability (90 for
  * sm_90), or BNB_GEMM_DEQUANTIZE where decoding the weight for a dense matmul is faster. A pure function, and part of

@@ -8,6 +8,7 @@
 #include "../common/dtype.h"
 #include "../cuda/device.cuh"
 #include "../cuda/gemm_4bit/plan.h"
+#include "../cuda/gemm_4bit/tuning.h"
 #include "../cuda/launchers.h"
 #include "guard.h"
 
@@ -36,7 +37,8 @@ void check_embedding(int64_t count, int64_t rows, int64_t columns, bool pointers
 
 int fused_tuning(const GemmProblem& problem, bool aligned) {
     const Device device = current_device();
-    const int tuning = aligned ? plan_gemm_4bit(problem, {device.capability, device.multiprocessors}) : BNB_GEMM_SIMT;
+    const int tuning =
+        aligned ? plan_gemm_4bit(problem, {device.capability, device.multiprocessors}, false) : BNB_GEMM_SIMT;
     return tuning == BNB_GEMM_DEQUANTIZE ? BNB_GEMM_SIMT : tuning;
 }
 
@@ -151,7 +153,7 @@ bnb_status bnb_cuda_dequantize_blockwise(
 bnb_status bnb_cuda_gemm_4bit(
     const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const uint8_t* absmax_8bit,
     const float* absmax_code, const float* absmax_offset, const float* code, bnb_format format, const void* bias,
-    void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t tuning, bnb_stream stream) {
+    void* out, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t tuning, void* workspace, bnb_stream stream) {
     return guarded("bnb_cuda_gemm_4bit", [&] {
         const GemmProblem sizes{dtype, M, N, K, blocksize};
         if (tuning == BNB_GEMM_FUSED) tuning = fused_tuning(sizes, is_aligned_16(A) && is_aligned_16(packed));
@@ -175,7 +177,10 @@ bnb_status bnb_cuda_gemm_4bit(
         while (int64_t(1) << problem.block_shift < blocksize) ++problem.block_shift;
         if (tuning == BNB_GEMM_SIMT) return gemm_4bit_simt(problem, dtype, as_stream(stream));
         require(is_aligned_16(A) && is_aligned_16(packed), "A and packed must be aligned to 16 bytes");
-        gemm_4bit_mma(problem, dtype, tuning, as_stream(stream));
+        if (tuning < kMmaTuningCount) return gemm_4bit_mma(problem, dtype, tuning, as_stream(stream));
+        require(workspace && is_aligned_16(workspace), "tuning ", tuning, " needs a workspace aligned to 16 bytes");
+        problem.arranged = workspace;
+        gemm_4bit_wgmma(problem, dtype, tuning - kMmaTuningCount, as_stream(stream));
     });
 }
 

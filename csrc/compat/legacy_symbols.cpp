@@ -94,14 +94,14 @@ BNB_CUDA_QUANTIZE(bf16, BNB_DTYPE_BFLOAT16)
         int32_t, int32_t, int32_t blocksize, bnb_stream stream) {                                                      \
         bnb_cuda_gemm_4bit(                                                                                            \
             A, dtype, B, absmax, nullptr, nullptr, nullptr, datatype, BNB_FORMAT_NF4, nullptr, out, 1, m, k,           \
-            blocksize, BNB_GEMM_FUSED, stream);                                                                        \
+            blocksize, BNB_GEMM_FUSED, nullptr, stream);                                                               \
     }                                                                                                                  \
     BNB_LEGACY void cgemm_4bit_##suffix(                                                                               \
         void* A, uint8_t* B, float* absmax, uint8_t* absmax_8bit, float* absmax_code, float* absmax_offset, void* out, \
         void* bias, int32_t M, int32_t N, int32_t K, int32_t blocksize, int32_t quant_type, bnb_stream stream) {       \
         bnb_cuda_gemm_4bit(                                                                                            \
             A, dtype, B, absmax, absmax_8bit, absmax_code, absmax_offset, nullptr,                                     \
-            static_cast<bnb_format>(quant_type), bias, out, M, N, K, blocksize, BNB_GEMM_FUSED, stream);               \
+            static_cast<bnb_format>(quant_type), bias, out, M, N, K, blocksize, BNB_GEMM_FUSED, nullptr, stream);      \
     }
 
 BNB_CUDA_GEMM(fp32, BNB_DTYPE_FLOAT32)

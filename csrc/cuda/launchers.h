@@ -43,6 +43,9 @@ void dequantize_blockwise(
 // float16 or bfloat16, in one of the shapes of gemm_4bit/tuning.h.
 void gemm_4bit_mma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaStream_t stream);
 
+// The same on compute capability 9.0, for any number of tokens; problem.arranged has room for them.
+void gemm_4bit_wgmma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaStream_t stream);
+
 // Any problem, for few tokens.
 void gemm_4bit_simt(const Gemm4bit& problem, bnb_dtype dtype, cudaStream_t stream);
 

@@ -57,8 +57,32 @@ def test_what_tensor_cores_do_not_take_goes_through_the_plain_kernel_while_token
 
 
 def test_many_tokens_use_the_dense_matmul():
-    for M in (129, 512, 4096, 2**33):
-        assert plan(M, 4096, 4096) == dequantize()
+    for M in (513, 1024, 4096, 2**33):
+        assert plan(M, 14336, 4096) == dequantize()
+        assert plan(M, 14336, 4096, gpu=A100) == dequantize()
+    assert plan(257, 4096, 4096) == dequantize()
+
+
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+def test_warpgroups_multiply_what_lies_between_few_and_many(N, K):
+    for M in (33, 64, 65, 128, 129, 256):
+        assert plan(M, N, K) >= 0
+        assert plan(M, N, K, gpu=A100) == plan(M, N, K, gpu=(100, 148)) == dequantize()
+
+
+def test_only_arranged_tokens_need_a_workspace():
+    for M in (1, 8, 64, 100, 256):
+        tuning = plan(M, 4096, 4096 + 64)
+        problem = (DTYPE_ID[torch.bfloat16], M, 4096, 4096 + 64, 64, tuning)
+
+        size = lib.bnb_cuda_gemm_4bit_workspace(*problem)
+
+        if M <= 8:
+            assert size == 0
+        else:  # whole tiles of tokens, and K in whole stages of 256
+            assert size % (4096 + 256) == 0 and 2 * M <= size // (4096 + 256) < 2 * (M + 128)
+    for tuning in (dequantize(), plain(), 1000):
+        assert lib.bnb_cuda_gemm_4bit_workspace(DTYPE_ID[torch.bfloat16], 64, 4096, 4096, 64, tuning) == 0
 
 
 @pytest.mark.parametrize("size", [(0, 64, 64), (1, 0, 64), (1, 64, 0), (1, 2**40, 64), (1, 64, 2**40)])

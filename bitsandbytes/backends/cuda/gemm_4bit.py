@@ -1,4 +1,5 @@
-"""The 4-bit matmul on CUDA: few tokens run in one fused kernel; for many the weight is decoded once and torch multiplies.
+"""The 4-bit matmul on CUDA: up to a few hundred tokens the kernels read the 4 bits themselves; for more the weight is
+decoded once and torch multiplies.
 
 Which of the two is the native library's decision (``bnb_cuda_gemm_4bit_plan``), asked once for each problem. Nothing
 is kept between calls, results repeat bit for bit, and both paths may be captured into a graph.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,35 +23,47 @@ __all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn"]
 _HAS_GEMM = has_native("bnb_cuda_gemm_4bit")
 
 # Rows up to which a fused 4-bit matmul may be chosen; 0 while there is none.
-_gemm_4bit_custom_max_m: int = 32 if _HAS_GEMM else 0
+_gemm_4bit_custom_max_m: int = 512 if _HAS_GEMM else 0
 
 _ALIGNMENT = 16  # of what the fused kernel reads in vectors
 _ANY_FORMAT = next(iter(FORMAT_ID.values()), None)  # where a codebook is given
 
 
+class _Fused(NamedTuple):
+    """How a fused kernel computes a problem."""
+
+    tuning: int
+    workspace: int  # bytes
+
+
 @lru_cache(maxsize=4096)
-def _fused_tuning(
-    device_index: int, dtype: torch.dtype, M: int, N: int, K: int, blocksize: int
-) -> int | None:
-    """The fused kernel's tuning for this problem, or None: decode the weight and multiply densely."""
+def _fused(device_index: int, dtype: torch.dtype, M: int, N: int, K: int, blocksize: int) -> _Fused | None:
+    """The fused kernel for this problem, or None: decode the weight and multiply densely."""
     if ABI is None or M > _gemm_4bit_custom_max_m:
         return None
     device = torch.cuda.get_device_properties(device_index)
+    problem = (DTYPE_ID[dtype], M, N, K, blocksize)
     tuning = lib.bnb_cuda_gemm_4bit_plan(
-        DTYPE_ID[dtype], M, N, K, blocksize, 10 * device.major + device.minor, device.multi_processor_count
+        *problem, 10 * device.major + device.minor, device.multi_processor_count
     )
-    return None if tuning == ABI.constants["BNB_GEMM_DEQUANTIZE"] else tuning
+    if tuning == ABI.constants["BNB_GEMM_DEQUANTIZE"]:
+        return None
+    return _Fused(tuning, lib.bnb_cuda_gemm_4bit_workspace(*problem, tuning))
 
 
 def _gemm_4bit_use_custom_fn(device_index: int, dtype: torch.dtype, M: int, N: int, K: int) -> bool:
     """Whether the fused kernel multiplies this problem in blocks of 64."""
-    return _fused_tuning(device_index, dtype, M, N, K, 64) is not None
+    return _fused(device_index, dtype, M, N, K, 64) is not None
 
 
 def _aligned(x: Tensor) -> Tensor:
     """``x`` as the kernel reads it: contiguous and aligned. Copies what is not, which is cheap for activations."""
     x = x.contiguous()
     return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
+
+
+def _workspace(fused: _Fused, A: Tensor) -> Tensor | None:
+    return A.new_empty(fused.workspace, dtype=torch.uint8) if fused.workspace else None
 
 
 def _warn_of_blocks_across_rows(K: int, blocksize: int) -> None:
@@ -76,9 +90,9 @@ def _gemm_4bit(
         absmax_8bit, absmax_code = absmax_8bit.contiguous(), absmax_code.contiguous()
         absmax_offset = absmax_offset.float()
 
-    tuning = _fused_tuning(out.device.index, A.dtype, M, N, K, blocksize)
+    fused = _fused(out.device.index, A.dtype, M, N, K, blocksize)
     B = B.contiguous()
-    if tuning is None or B.data_ptr() % _ALIGNMENT:
+    if fused is None or B.data_ptr() % _ALIGNMENT:
         if K % blocksize and M <= _gemm_4bit_custom_max_m:
             _warn_of_blocks_across_rows(K, blocksize)
         if absmax_8bit is None:
@@ -90,6 +104,7 @@ def _gemm_4bit(
         return
     A = _aligned(A)
     bias = None if bias is None else bias.contiguous()
+    workspace = _workspace(fused, A)
     with device_of(out):
         lib.bnb_cuda_gemm_4bit(
             ptr(A),
@@ -107,7 +122,8 @@ def _gemm_4bit(
             N,
             K,
             blocksize,
-            tuning,
+            fused.tuning,
+            ptr(workspace),
             stream_of(out),
         )
 
@@ -117,12 +133,13 @@ def _gemv_4bit(A, B, shapeB, absmax, code, blocksize, out):
     if out.numel() == 0:
         return
     M = out.numel() // N
-    tuning = _fused_tuning(out.device.index, A.dtype, M, N, K, blocksize)
+    fused = _fused(out.device.index, A.dtype, M, N, K, blocksize)
     B = B.contiguous()
-    if tuning is None or B.data_ptr() % _ALIGNMENT:
+    if fused is None or B.data_ptr() % _ALIGNMENT:
         gemv_4bit.kernels["default"](A, B, shapeB, absmax, code, blocksize, out)
         return
     A, absmax, code = _aligned(A), absmax.contiguous(), code.contiguous()
+    workspace = _workspace(fused, A)
     with device_of(out):
         lib.bnb_cuda_gemm_4bit(
             ptr(A),
@@ -140,7 +157,8 @@ def _gemv_4bit(A, B, shapeB, absmax, code, blocksize, out):
             N,
             K,
             blocksize,
-            tuning,
+            fused.tuning,
+            ptr(workspace),
             stream_of(out),
         )
 

@@ -14,10 +14,7 @@
 // its table from its own arguments and asks for weights to be moved into L2, which stays coherent.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "../vector_io.cuh"
+#include "pair_table.cuh"
 #include "problem.h"
 #include "tuning.h"
 
@@ -25,30 +22,7 @@ namespace bnb {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
-extern __shared__ __align__(1024) char mma_shared[];
-
 // ---- instructions ----
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Copy 16 bytes to shared memory, or fill with zeros if they are not wanted.
-__device__ __forceinline__ void copy_16_async(uint32_t to, const void* from, bool wanted) {
-    const int bytes = wanted ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
-}
-
-__device__ __forceinline__ void copy_4_async(uint32_t to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
-
-template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -64,104 +38,6 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 }
-
-// Wait until the kernels before this one have ended and their results can be read; then let the next one start.
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ __forceinline__ void prefetch_to_l2(const void* from, int64_t bytes) {
-#if __CUDA_ARCH__ >= 900
-    constexpr int64_t kPiece = 16384;
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) return;
-    const char* at = static_cast<const char*>(from);
-    for (int64_t rest = bytes & ~int64_t(15); rest > 0; rest -= kPiece, at += kPiece) {
-        const int piece = static_cast<int>(rest < kPiece ? rest : kPiece);
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(piece));
-    }
-#endif
-}
-
-__device__ __forceinline__ int rank_in_cluster() {
-    uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return static_cast<int>(rank);
-}
-
-__device__ __forceinline__ void arrive_at_cluster() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// What another CTA of the cluster has at the address that is `mine` here.
-__device__ __forceinline__ float read_of_peer(const float* mine, int rank) {
-    float value = 0.0f;
-#if __CUDA_ARCH__ >= 900
-    uint32_t theirs;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(theirs));
-#endif
-    return value;
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-    const T pair[2] = {round_to<T>(low), round_to<T>(high)};
-    uint32_t bits;
-    memcpy(&bits, pair, sizeof(bits));
-    return bits;
-}
-
-// ---- the table of pairs ----
-
-// It lies at the beginning of shared memory and does not change once filled.
-template <class T, int kStride>
-class PairTable {
-  public:
-    __device__ PairTable() : base_(shared_address(mma_shared)), lane4_(threadIdx.x % 32 * 4) {
-        asm("" : "+r"(base_));  // or the compiler would compute it anew at each use, with a divergent register
-    }
-
-    // Entry b holds the values of the high and the low nibble of b, 32 times.
-    template <class Value>
-    __device__ __forceinline__ void fill(const Value& value) {
-        for (int i = threadIdx.x; i < kPairs * 8; i += blockDim.x) {
-            const int pair = i / 8;
-            const uint32_t bits = pair_of<T>(value(pair >> 4), value(pair & 15));
-            *reinterpret_cast<uint4*>(mma_shared + pair * kStride + i % 8 * 16) = make_uint4(bits, bits, bits, bits);
-        }
-    }
-
-    template <int kByte>
-    __device__ __forceinline__ uint32_t look_up(uint32_t packed) const {
-        uint32_t offset;
-        if constexpr (kStride == 256) {
-            offset = __byte_perm(packed, lane4_, 0x5504 | kByte << 4);
-        } else {
-            static_assert(kStride == 128, "an entry for each of 32 lanes");
-            const uint32_t shifted = kByte == 0 ? packed << 7 : packed >> (8 * kByte - 7);
-            asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(offset) : "r"(shifted), "r"(0x7f80), "r"(lane4_));
-        }
-        uint32_t pair;
-        asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(base_ + offset));
-        return pair;
-    }
-
-  private:
-    uint32_t base_, lane4_;
-};
 
 // ---- what a CTA works on ----
 
@@ -188,9 +64,10 @@ struct MmaShare {
     }
 };
 
-// The two scales of a stage that this lane fetches: row lane / 2, blocks 2 * (lane % 2) and the one after.
+// What a lane fetches of a stage's nested scales: those of row lane if they can be had at once, else of row lane / 2
+// the blocks 2 * (lane % 2) and the one after.
 struct NestedScales {
-    uint8_t codes[2];
+    uint32_t codes;
     float absmax[2];
 };
 
@@ -206,8 +83,8 @@ class WeightRing {
           memory_(memory),
           chunk_(share.first_tile) {
         row_bytes_ = p.K / 2;
-        scales_in_vectors_ = !kNested && p.block_shift == 6 && p.K % kMmaK == 0 &&
-                             reinterpret_cast<uintptr_t>(p.scales.absmax) % 16 == 0;
+        const uintptr_t scales = reinterpret_cast<uintptr_t>(kNested ? (const void*)p.scales.codes : p.scales.absmax);
+        scales_in_vectors_ = p.block_shift == 6 && p.K % kMmaK == 0 && scales % (kNested ? 4 : 16) == 0;
     }
 
     // Start the copies of the next stage; returns its slot. `nested` receives what finish() needs.
@@ -236,11 +113,19 @@ class WeightRing {
     // Expand nested scales into their slot, before the warp next synchronizes.
     __device__ __forceinline__ void finish(int slot, const NestedScales& nested, const float* code, float offset) {
         if constexpr (kNested) {
-            float2 scales;
-            scales.x = __fadd_rn(__fmul_rn(code[nested.codes[0]], nested.absmax[0]), offset);
-            scales.y = __fadd_rn(__fmul_rn(code[nested.codes[1]], nested.absmax[1]), offset);
-            float2* to = reinterpret_cast<float2*>(memory_ + slot * kStageBytes + kScalesAt);
-            to[threadIdx.x % 32] = scales;
+            const int lane = threadIdx.x % 32;
+            const auto scale = [&](int i, float absmax) {
+                return __fadd_rn(__fmul_rn(code[nested.codes >> 8 * i & 255], absmax), offset);
+            };
+            char* const to = memory_ + slot * kStageBytes + kScalesAt;
+            if (!scales_in_vectors_) {
+                reinterpret_cast<float2*>(to)[lane] =
+                    make_float2(scale(0, nested.absmax[0]), scale(1, nested.absmax[1]));
+            } else if (lane < kMmaRows) {
+                const float absmax = nested.absmax[0];
+                reinterpret_cast<float4*>(to)[lane] =
+                    make_float4(scale(0, absmax), scale(1, absmax), scale(2, absmax), scale(3, absmax));
+            }
         }
     }
 
@@ -284,7 +169,12 @@ class WeightRing {
         if (scales_in_vectors_) {
             if (lane < kMmaRows) {
                 const int64_t at = int64_t(min(row + lane, p_.N - 1)) * (p_.K / 64) + k / 64;
-                copy_16_async(to + lane * 16, p_.scales.absmax + at, true);
+                if constexpr (kNested) {
+                    nested.codes = __ldg(reinterpret_cast<const uint32_t*>(p_.scales.codes + at));
+                    nested.absmax[0] = __ldg(p_.scales.absmax + (at >> 8));
+                } else {
+                    copy_16_async(to + lane * 16, p_.scales.absmax + at, true);
+                }
             }
             return;
         }
@@ -294,7 +184,8 @@ class WeightRing {
             const int in_row = min(k + (lane % 2 * 2 + i) * 64, p_.K - 64);
             const int64_t block = (start + in_row) >> p_.block_shift;
             if constexpr (kNested) {
-                nested.codes[i] = __ldg(p_.scales.codes + block);
+                const uint32_t code = __ldg(p_.scales.codes + block);
+                nested.codes = i == 0 ? code : nested.codes | code << 8;
                 nested.absmax[i] = __ldg(p_.scales.absmax + (block >> 8));
             } else {
                 copy_4_async(to + lane * 8 + i * 4, p_.scales.absmax + block);

@@ -1,10 +1,9 @@
 // Launching the tensor-core kernel for few tokens in the shape that the plan chose.
 
 #include <algorithm>
-#include <atomic>
 
-#include "../device.cuh"
 #include "../launchers.h"
+#include "launch.cuh"
 #include "mma.cuh"
 #include "plan.h"
 
@@ -13,14 +12,6 @@ namespace bnb {
 namespace {
 
 constexpr int kClusters = 90;  // compute capability from which on clusters and programmatic launch exist
-
-// More shared memory than 48 KB must be asked for, once for each kernel and device.
-void allow_shared_memory(const void* kernel, int bytes, int device, std::atomic<uint64_t>& done) {
-    const uint64_t bit = uint64_t(1) << (device % 64);
-    if (device < 64 && (done.load(std::memory_order_relaxed) & bit)) return;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-    done.fetch_or(bit, std::memory_order_relaxed);
-}
 
 template <class T, bool kNested, int kTuning>
 void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) {
@@ -40,14 +31,8 @@ void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) 
     config.stream = stream;
     config.attrs = attributes;
     if (device.capability >= kClusters) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-        if (t.cluster > 1) {
-            attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-            attributes[config.numAttrs].val.clusterDim.x = t.cluster;
-            attributes[config.numAttrs].val.clusterDim.y = 1;
-            attributes[config.numAttrs++].val.clusterDim.z = 1;
-        }
+        attributes[config.numAttrs++] = programmatic_launch();
+        if (t.cluster > 1) attributes[config.numAttrs++] = cluster_of(t.cluster);
     }
     check(cudaLaunchKernelEx(&config, kernel, problem), "gemm_4bit_mma_kernel");
 }

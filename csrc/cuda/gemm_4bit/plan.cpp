@@ -1,6 +1,6 @@
 // One table decides which 4-bit matmul runs, and in which shape. No device is asked, so it can be tested anywhere.
 //
-// Few tokens: the weight is what is read, and the tensor-core kernel reads its 4 bits once; what it does not take goes
+// Few tokens: the weight is what is read, and the tensor-core kernels read its 4 bits once; what they do not take goes
 // through the plain kernel if the tokens are very few. Many tokens: arithmetic dominates, so the weight is decoded once
 // and the vendor's matmul multiplies. So it is where blocks straddle rows, of which the operator warns.
 
@@ -12,19 +12,37 @@ namespace bnb {
 
 namespace {
 
-// The first row that the problem and the device fit counts. Measured on an H200:
+// The first line that the problem and the device fit counts. Measured on an H200:
 // benchmarking/results/2026-11-21-gemm-4bit-nvidia-h200.json.
 struct Choice {
     int64_t tokens;   // at most
     int64_t weights;  // N * K, at least
-    int tuning;       // a position in kMmaTunings
+    int64_t rows;     // N, at most
+    int tuning;       // a position in kMmaTunings, or after those in kWgmmaTunings
 };
 
-constexpr int64_t kLarge = int64_t(24) << 20;
+constexpr int64_t kLarge = int64_t(24) << 20, kHuge = int64_t(128) << 20;
+constexpr int64_t kFewRows = 4096, kAny = INT64_MAX;
 
-constexpr Choice kChoices[] = {
-    {1, kLarge, 1}, {8, 0, 0}, {8, 0, 2}, {16, kLarge, 4}, {16, 0, 3}, {16, 0, 5}, {32, 0, 6},
+constexpr int wgmma(int tuning) { return kMmaTuningCount + tuning; }
+
+// From so many tokens on; below, and where none fits, those for every GPU.
+constexpr int64_t kFirstWgmmaTokens = 9;
+
+constexpr Choice kWgmmaChoices[] = {
+    {16, kHuge, kAny, wgmma(0)},      {16, kLarge, kAny, 4},        {16, 0, kAny, 3},
+    {32, kLarge, kFewRows, wgmma(2)}, {32, kLarge, kAny, wgmma(1)}, {32, 0, kAny, 6},
+    {64, 0, kFewRows, wgmma(4)},      {64, 0, kAny, wgmma(3)},      {128, kHuge, kAny, wgmma(5)},
+    {128, 0, kAny, wgmma(6)},         {256, 0, kFewRows, wgmma(6)}, {256, 0, kAny, wgmma(5)},
+    {512, kLarge, kAny, wgmma(5)},
 };
+
+constexpr Choice kMmaChoices[] = {
+    {1, kLarge, kAny, 1}, {8, 0, kAny, 0},  {8, 0, kAny, 2},  {16, kLarge, kAny, 4},
+    {16, 0, kAny, 3},     {16, 0, kAny, 5}, {32, 0, kAny, 6},
+};
+
+constexpr int kWgmmaCapability = 90;
 
 // Shared memory that a CTA can have.
 int shared_memory_kb(int capability) {
@@ -40,7 +58,19 @@ int shared_memory_kb(int capability) {
 }
 
 bool fits(int tuning, const GemmDevice& device) {
+    if (tuning >= kMmaTuningCount) return device.capability == kWgmmaCapability;
     return MmaShared(kMmaTunings[tuning], true).bytes() <= shared_memory_kb(device.capability) * 1024;
+}
+
+constexpr int kNone = BNB_GEMM_DEQUANTIZE;
+
+template <size_t kCount>
+int choose(const Choice (&choices)[kCount], const GemmProblem& p, const GemmDevice& device) {
+    for (const Choice& choice : choices) {
+        const bool meant = p.M <= choice.tokens && p.N * p.K >= choice.weights && p.N <= choice.rows;
+        if (meant && fits(choice.tuning, device)) return choice.tuning;
+    }
+    return kNone;
 }
 
 constexpr int64_t kMaxSize = int64_t(1) << 30;  // of a dimension, which then fits an int with room to spare
@@ -59,18 +89,22 @@ bool can_multiply_with_mma(const GemmProblem& p) {
            p.K % p.blocksize == 0;
 }
 
-int plan_gemm_4bit(const GemmProblem& problem, const GemmDevice& device) {
+int plan_gemm_4bit(const GemmProblem& problem, const GemmDevice& device, bool workspace) {
     if (can_multiply_with_mma(problem)) {
-        for (const Choice& choice : kChoices) {
-            if (problem.M <= choice.tokens && problem.N * problem.K >= choice.weights && fits(choice.tuning, device)) {
-                return choice.tuning;
-            }
-        }
+        const bool wgmma = workspace && device.capability == kWgmmaCapability && problem.M >= kFirstWgmmaTokens;
+        const int tuning = wgmma ? choose(kWgmmaChoices, problem, device) : choose(kMmaChoices, problem, device);
+        if (tuning != kNone) return tuning;
     }
     if (problem.M <= kSimtTokens && can_multiply_with_simt(problem) && problem.K % problem.blocksize == 0) {
         return BNB_GEMM_SIMT;
     }
     return BNB_GEMM_DEQUANTIZE;
+}
+
+int64_t workspace_of_gemm_4bit(const GemmProblem& problem, int tuning) {
+    const int index = tuning - kMmaTuningCount;
+    const bool arranges = index >= 0 && index < kWgmmaTuningCount && can_multiply_with_mma(problem);
+    return arranges ? arranged_bytes(kWgmmaTunings[index], problem.M, problem.K) : 0;
 }
 
 }  // namespace bnb

@@ -17,13 +17,17 @@ struct GemmDevice {
     int multiprocessors;
 };
 
-// Whether the tensor-core kernel for few tokens computes this problem in one of its shapes.
+// Whether the tensor-core kernels compute this problem in one of their shapes.
 bool can_multiply_with_mma(const GemmProblem& problem);
 
 // Whether the kernel that takes anything computes this problem.
 bool can_multiply_with_simt(const GemmProblem& problem);
 
-// A position in kMmaTunings, BNB_GEMM_SIMT or BNB_GEMM_DEQUANTIZE.
-int plan_gemm_4bit(const GemmProblem& problem, const GemmDevice& device);
+// A position in kMmaTunings, or after those in kWgmmaTunings if there may be a workspace; BNB_GEMM_SIMT or
+// BNB_GEMM_DEQUANTIZE.
+int plan_gemm_4bit(const GemmProblem& problem, const GemmDevice& device, bool workspace = true);
+
+// Bytes of workspace with which a tuning computes a problem.
+int64_t workspace_of_gemm_4bit(const GemmProblem& problem, int tuning);
 
 }  // namespace bnb

@@ -15,6 +15,7 @@ struct Gemm4bit {
     float values[16];
     const void* bias;  // [N] or null
     void* out;         // [M, N]
+    void* arranged;    // room for arranged_bytes, for the warpgroup kernel alone
     int M, N, K;
     int block_shift;  // the block size is 1 << block_shift
 };

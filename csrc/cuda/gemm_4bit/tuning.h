@@ -1,6 +1,8 @@
 // The shapes in which the tensor-core kernel for few tokens is compiled. plan.cpp chooses among them by position.
 #pragma once
 
+#include <cstdint>
+
 #include "../../common/platform.h"
 
 namespace bnb {
@@ -33,7 +35,7 @@ constexpr int kMmaBlocks = kMmaK / 64;       // scales of a row and stage
 constexpr int kLineStride = kMmaK / 2 + 32;  // eight rows' 8-byte reads meet in no bank
 constexpr int kScalesAt = kMmaRows * kLineStride;
 constexpr int kStageBytes = kScalesAt + kMmaRows * kMmaBlocks * 4;
-constexpr int kPairs = 256;
+constexpr int kPairs = 256;                   // of 4-bit values: a byte
 constexpr int kMmaTileFloats = kMmaRows * 8;  // of one tile's results for 8 tokens
 constexpr int kReducedTiles = 2;              // that go through shared memory at once
 
@@ -54,5 +56,56 @@ struct MmaShared {
 
     BNB_HOST_DEVICE constexpr int bytes() const { return table + rings + reduce + shares + scale_code; }
 };
+
+// The shapes of the warpgroup kernel (sm_90a), which the plan counts after those above.
+struct WgmmaTuning {
+    int tokens;            // of a CTA: the width of one product
+    int groups;            // of four warps
+    int row_tiles;         // of 16 rows and a warp
+    int stages;            // of a warp's ring of weights: one is read, the others are in flight
+    int token_blocks;      // of 64 k in a slot of the ring of tokens
+    bool scaled_operands;  // weights are scaled before they are multiplied, not the sums of 64 products
+
+    BNB_HOST_DEVICE constexpr int rows() const { return groups * row_tiles * 64; }
+    BNB_HOST_DEVICE constexpr int threads() const { return groups * 128; }
+};
+
+constexpr WgmmaTuning kWgmmaTunings[] = {
+    {16, 4, 1, 3, 4, false},  // 0
+    {32, 4, 1, 3, 2, false},  // 1
+    {32, 3, 1, 3, 2, false},  // 2
+    {64, 4, 1, 2, 2, true},   // 3
+    {64, 3, 1, 2, 2, true},   // 4
+    {128, 2, 2, 2, 1, true},  // 5
+    {128, 2, 1, 2, 1, true},  // 6
+};
+
+constexpr int kWgmmaTuningCount = sizeof(kWgmmaTunings) / sizeof(kWgmmaTunings[0]);
+
+// What lies in shared memory, in this order; sizes in bytes.
+struct WgmmaShared {
+    static constexpr int kTableStride = 256;
+    static constexpr int kLine = kMmaK / 2;  // of a row
+    static constexpr int kTile = kMmaRows * kLine + kMmaRows * kMmaBlocks * 4;
+    static constexpr int kTokenSlots = 4;
+    int table, tokens, weights, barriers, scale_code;
+    int sums_stride;  // the sums replace tokens and weights
+
+    BNB_HOST_DEVICE constexpr WgmmaShared(const WgmmaTuning& t, bool nested)
+        : table(kPairs * kTableStride),
+          tokens(kTokenSlots * t.token_blocks * t.tokens * 128),
+          weights(t.threads() / 32 * t.stages * t.row_tiles * kTile),
+          barriers(kTokenSlots * 16),
+          scale_code(nested ? 256 * 4 : 0),
+          sums_stride(t.rows() + 4) {}
+
+    BNB_HOST_DEVICE constexpr int scale_code_at() const { return table + tokens + weights + barriers; }
+    BNB_HOST_DEVICE constexpr int bytes() const { return scale_code_at() + scale_code; }
+};
+
+// Bytes of the arranged tokens: tiles of them and stages of K are filled up with zeros.
+constexpr int64_t arranged_bytes(const WgmmaTuning& t, int64_t M, int64_t K) {
+    return (M + t.tokens - 1) / t.tokens * t.tokens * ((K + kMmaK - 1) / kMmaK * kMmaK) * 2;
+}
 
 }  // namespace bnb

@@ -1,0 +1,87 @@
+// The warpgroup matrix instruction of sm_90a: 64 rows from registers times tokens from shared memory, k = 16.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../../common/dtype.h"
+
+namespace bnb {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// A matrix in shared memory whose rows are short runs of k: eight rows of 16 bytes lie together, `k_stride` bytes from
+// such a core to the next along k, `row_stride` bytes to that of the next eight rows. In a cluster an address also says
+// whose memory it is, which has no place in a descriptor.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t k_stride, uint32_t row_stride) {
+    return uint64_t((address & 0x3ffff) >> 4) | uint64_t(k_stride >> 4) << 16 | uint64_t(row_stride >> 4) << 32;
+}
+
+// The registers that a product reads and adds to have been written.
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+#define BNB_LIST_4 "%0, %1, %2, %3"
+#define BNB_LIST_8 \
+    BNB_LIST_4     \
+    ", %4, %5, %6, %7"
+#define BNB_LIST_16 \
+    BNB_LIST_8      \
+    ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define BNB_LIST_32 \
+    BNB_LIST_16     \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define BNB_LIST_64                                                                    \
+    BNB_LIST_32                                                                        \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define BNB_OUT_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define BNB_OUT_8(i) BNB_OUT_4(i), BNB_OUT_4(i + 4)
+#define BNB_OUT_16(i) BNB_OUT_8(i), BNB_OUT_8(i + 8)
+#define BNB_OUT_32(i) BNB_OUT_16(i), BNB_OUT_16(i + 16)
+#define BNB_OUT_64(i) BNB_OUT_32(i), BNB_OUT_32(i + 32)
+
+// One instruction; its operands are numbered after the outputs.
+#define BNB_WGMMA(tokens, types, outputs, a0, a1, a2, a3, b, keep)                                    \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #keep                                           \
+                 ", 0;\n"                                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." types " {" BNB_LIST_##outputs \
+                 "}, "                                                                                \
+                 "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, 0;\n}"                  \
+                 : BNB_OUT_##outputs(0)                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix), "r"(int(add)))
+
+// d (64 rows, kTokens columns, half of them a thread's) is a times the matrix, plus d if wanted.
+template <class T, int kTokens>
+__device__ __forceinline__ void multiply_tokens(float (&d)[kTokens / 2], const uint32_t* a, uint64_t matrix, bool add) {
+    constexpr bool kBrain = std::is_same_v<T, BFloat16>;
+    if constexpr (kTokens == 16 && kBrain) {
+        BNB_WGMMA(16, "bf16.bf16", 8, 8, 9, 10, 11, 12, 13);
+    } else if constexpr (kTokens == 16) {
+        BNB_WGMMA(16, "f16.f16", 8, 8, 9, 10, 11, 12, 13);
+    } else if constexpr (kTokens == 32 && kBrain) {
+        BNB_WGMMA(32, "bf16.bf16", 16, 16, 17, 18, 19, 20, 21);
+    } else if constexpr (kTokens == 32) {
+        BNB_WGMMA(32, "f16.f16", 16, 16, 17, 18, 19, 20, 21);
+    } else if constexpr (kTokens == 64 && kBrain) {
+        BNB_WGMMA(64, "bf16.bf16", 32, 32, 33, 34, 35, 36, 37);
+    } else if constexpr (kTokens == 64) {
+        BNB_WGMMA(64, "f16.f16", 32, 32, 33, 34, 35, 36, 37);
+    } else if constexpr (kTokens == 128 && kBrain) {
+        BNB_WGMMA(128, "bf16.bf16", 64, 64, 65, 66, 67, 68, 69);
+    } else if constexpr (kTokens == 128) {
+        BNB_WGMMA(128, "f16.f16", 64, 64, 65, 66, 67, 68, 69);
+    } else {
+        static_assert(kTokens == 16, "a number of tokens that an instruction takes");
+    }
+}
+
+#endif  // sm_90a
+
+}  // namespace bnb
