@@ -385,6 +385,23 @@ BNB_API int64_t bnb_cuda_gemm_4bit_workspace(
 BNB_API int32_t bnb_cuda_gemm_4bit_plan(
     bnb_dtype dtype, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t capability, int32_t multiprocessors);
 
+/* y = A @ W[e].T + bias[e] for the rows of each expert e: A is [R, K], out [R, N], bias [E, N] or null, all of one dtype. W
+ * is the stack [E, N, K], packed without padding; an expert is a whole number of blocks, which hold a power of two from 32
+ * on. Scales as above. Rows are sorted by expert, and offsets [E], on the device, says where those of each end; rows at or
+ * past the last are zero. What an offset says beyond the rows there are, or less than the one before, does not count. */
+BNB_API bnb_status bnb_cuda_gemm_4bit_grouped(
+    const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const uint8_t* absmax_8bit,
+    const float* absmax_code, const float* absmax_offset, bnb_format format, const int32_t* offsets, const void* bias,
+    void* out,
+    int64_t E, int64_t R, int64_t N, int64_t K, int64_t blocksize, bnb_stream stream);
+
+/* y = A @ W[e] of the same stack: A is [R, N], out is [R, K]. The gradient of the activations. */
+BNB_API bnb_status bnb_cuda_gemm_4bit_grouped_transposed(
+    const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const uint8_t* absmax_8bit,
+    const float* absmax_code, const float* absmax_offset, bnb_format format, const int32_t* offsets,
+    void* out,
+    int64_t E, int64_t R, int64_t N, int64_t K, int64_t blocksize, bnb_stream stream);
+
 /* ---- CUDA: optimizers ---- */
 
 /* As bnb_cpu_optimizer_update_32bit. With unorm, scratch has bnb_cuda_optimizer_scratch(1) bytes; else it is null. g is of

@@ -1,4 +1,4 @@
-// The launchers that abi/cuda.cu calls, one per operation: raw pointers and a stream; they throw on failure. They
+// The launchers that abi/cuda*.cu call, one per operation: raw pointers and a stream; they throw on failure. They
 // enqueue and return, allocate nothing, and may be captured into a graph. Arguments have been checked.
 #pragma once
 
@@ -6,6 +6,7 @@
 
 #include "../common/codebooks.h"
 #include "../common/dtype.h"
+#include "gemm_4bit/grouped.h"
 #include "gemm_4bit/problem.h"
 
 typedef struct CUstream_st* cudaStream_t;
@@ -48,6 +49,10 @@ void gemm_4bit_wgmma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaS
 
 // Any problem, for few tokens.
 void gemm_4bit_simt(const Gemm4bit& problem, bnb_dtype dtype, cudaStream_t stream);
+
+// Any grouped problem; and float16 or bfloat16 of lengths that vectors divide, as abi/cuda_grouped.cu asks.
+void gemm_4bit_grouped_simt(const GroupedGemm4bit& problem, bnb_dtype dtype, bool transposed, cudaStream_t stream);
+void gemm_4bit_grouped_mma(const GroupedGemm4bit& problem, bnb_dtype dtype, bool transposed, cudaStream_t stream);
 
 void* managed_alloc(int64_t bytes);
 void managed_free(void* memory);

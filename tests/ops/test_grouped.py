@@ -17,10 +17,21 @@ from oracles import FLOAT_DTYPES, product_error
 # A GPU says so where it has no kernel of its own; the results are what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:There is no grouped 4-bit kernel")
 
-# Rows of each expert: one token, all on one, none in between, none at all, many, and a long tail of small ones.
-COUNTS = [(1,), (0, 0, 9, 0), (0, 3, 0, 1, 17), (0, 0), (70, 1, 33), tuple(i % 4 for i in range(19))]
-# (N, K, blocksize): whole blocks in a row; rows that end inside a block; odd N; one block for an expert.
-SIZES = [(24, 64, 64), (48, 96, 128), (7, 160, 32), (2, 32, 64)]
+# Rows of each expert: one token, all on one, none in between, none at all, many, a long tail of small ones; and means
+# between those, as kernels for tiles of several widths take them.
+COUNTS = [
+    (1,),
+    (0, 0, 9, 0),
+    (0, 3, 0, 1, 17),
+    (0, 0),
+    (70, 1, 33),
+    tuple(i % 4 for i in range(19)),
+    (9, 8),
+    (20, 0, 30),
+]
+# (N, K, blocksize): whole blocks in a row; rows that end inside a block; odd N; one block for an expert; more than one
+# tile of both dimensions, the last of them short.
+SIZES = [(24, 64, 64), (48, 96, 128), (7, 160, 32), (2, 32, 64), (136, 320, 64)]
 
 
 def ends(counts: tuple[int, ...], device: str) -> Tensor:
@@ -144,3 +155,78 @@ def test_no_more_than_one_expert_is_decoded(name, backend, nested):
     one_expert = N * K * A.element_size()
     assert memory.peak <= 1.1 * one_expert  # some scales, too
     assert (memory.peak >= one_expert) == (backend == "default")
+
+
+needs_cuda_kernel = pytest.mark.skipif(
+    "cuda" not in OPERATORS["gemm_4bit_grouped"].kernels or not torch.cuda.is_available(),
+    reason="needs a grouped CUDA kernel",
+)
+
+
+@needs_cuda_kernel
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("wrong", "counts"),
+    [((3, 2, 5), (3, 0, 2)), ((0, 2, 9), (0, 2, 3)), ((-1, 2, 5), (0, 2, 3)), ((4, 9, 3), (3, 0, 0))],
+    ids=str,
+)
+def test_offsets_that_cannot_be_take_no_row_that_is_not_there(wrong, counts, dtype):
+    packed, state = F.quantize_4bit(torch.randn(3, 16, 64, device="cuda"), quant_type="nf4")
+    head, _ = arguments(packed, state, torch.tensor(wrong, dtype=torch.int32, device="cuda"))
+    A = torch.randn(5, 64, device="cuda", dtype=dtype)
+
+    result = torch.ops.bitsandbytes.gemm_4bit_grouped(A, *head)
+
+    check_product(result, A, counts, F.dequantize_4bit(packed, state))
+
+
+@needs_cuda_kernel
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_nothing_is_allocated_but_the_result(dtype, nested):
+    weight = torch.randn(8, 96, 256, device="cuda")
+    packed, state = F.quantize_4bit(weight, compress_statistics=nested, quant_type="nf4")
+    head, tail = arguments(packed, state, ends((2, 0, 1, 5, 0, 0, 3, 1), "cuda"))
+    A, gradient = (
+        torch.randn(12, 256, device="cuda", dtype=dtype),
+        torch.randn(12, 96, device="cuda", dtype=dtype),
+    )
+    for name, rows, rest in (
+        ("gemm_4bit_grouped", A, (None, *tail)),
+        ("gemm_4bit_grouped_transposed", gradient, tail),
+    ):
+        operator = getattr(torch.ops.bitsandbytes, name)
+        size = operator(rows, *head, *rest).nbytes
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        operator(rows, *head, *rest)
+        assert torch.cuda.max_memory_allocated() - before <= size + 512
+
+
+@needs_cuda_kernel
+@pytest.mark.large_memory
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_experts_past_two_to_the_32_values(dtype):
+    E, N, K, blocksize = 9, 16384, 32768, 4096
+    packed = torch.randint(256, (E * N * K // 2, 1), dtype=torch.uint8, device="cuda")
+    absmax = torch.rand(E * N * K // blocksize, device="cuda") + 0.5
+    counts = (1, 0, 0, 0, 1, 0, 0, 0, 2)
+    A, gradient = (torch.randn(4, size, device="cuda", dtype=dtype) for size in (K, N))
+    stack = (packed, [E, N, K], absmax, blocksize, "nf4", ends(counts, "cuda"))
+
+    y = torch.ops.bitsandbytes.gemm_4bit_grouped(A, *stack)
+    x = torch.ops.bitsandbytes.gemm_4bit_grouped_transposed(gradient, *stack)
+
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        rows, blocks = slice(start, start + count), N * K // blocksize
+        own = absmax[expert * blocks : (expert + 1) * blocks]
+        codes = packed[expert * N * K // 2 : (expert + 1) * N * K // 2]
+        weight = torch.ops.bitsandbytes.dequantize_4bit(codes, own, blocksize, "nf4", [N, K], torch.float32)
+        for result, operand, matrix in ((y, A, weight.t()), (x, gradient, weight)):
+            expected = operand[rows].float() @ matrix
+            error = (result[rows].float() - expected).norm() / expected.norm()
+            assert error <= torch.finfo(dtype).eps + 1e-5
+        start += count

@@ -1,5 +1,5 @@
 """Native kernels for CUDA and ROCm devices."""
 
-from . import embedding, optimizers
+from . import embedding, grouped, optimizers
 
-__all__ = ["embedding", "optimizers"]
+__all__ = ["embedding", "grouped", "optimizers"]
