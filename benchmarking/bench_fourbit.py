@@ -17,6 +17,7 @@ import bitsandbytes._ops  # noqa: F401  defines torch.ops.bitsandbytes
 from bitsandbytes import functional as F
 
 SHAPES = [(1024, 1024), (4096, 4096)]
+LARGE = (8192, 28672)  # on a GPU, where the others fit the cache
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BLOCKSIZE = 64
 
@@ -28,11 +29,15 @@ def bench(report: Report, device: str, shape: tuple[int, int], dtype: torch.dtyp
     moved = values.nbytes + packed.nbytes + state.absmax.nbytes
     # Into memory that exists: page faults would hide the kernel.
     arguments = (packed, state.absmax, BLOCKSIZE, quant_type, list(shape), dtype)
+    nested_packed, nested = F.quantize_4bit(
+        values, blocksize=BLOCKSIZE, quant_type=quant_type, compress_statistics=True
+    )
     calls = {
         "quantize_4bit": lambda: torch.ops.bitsandbytes.quantize_4bit(
             values, BLOCKSIZE, quant_type, torch.uint8
         ),
         "dequantize_4bit.out": lambda: torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, copy),
+        "dequantize_4bit nested": lambda: F.dequantize_4bit(nested_packed, nested, out=copy),
     }
     for name, call in calls.items():
         times = measure_pair(call, lambda: copy.copy_(values), device)
@@ -73,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     report = Report("fourbit")
-    for shape in SHAPES:
+    for shape in [*SHAPES, LARGE] if options.device == "cuda" else SHAPES:
         for dtype in DTYPES:
             for quant_type in ("nf4", "fp4"):
                 bench(report, options.device, shape, dtype, quant_type)
