@@ -58,18 +58,27 @@ void stream_rows(
                 words[w.number] = load_words(source);
                 BNB_PREFETCH(source + row.ahead);
             });
-            const auto multiply = [&](auto step, auto w) {
-                const auto weight = Engine::template decode<step.number>(table, words[w.number]);
-                unrolled<kRows>([&](auto r) {
-                    const auto a = Engine::load_weight(activations + (step.number * kRows + r.number) * kWidth);
-                    F32& target = sum[w.number * kRows + r.number];
-                    target = Engine::add_product(target, weight, a);
-                });
+            const auto multiply = [&](auto step, auto r, auto w, auto weight) {
+                const auto a = Engine::load_weight(activations + (step.number * kRows + r.number) * kWidth);
+                F32& target = sum[w.number * kRows + r.number];
+                target = Engine::add_product(target, weight, a);
             };
             if constexpr (kRegistersAreFew) {
-                unrolled<kWeights>([&](auto w) { unrolled<kSteps>([&](auto step) { multiply(step, w); }); });
+                unrolled<kWeights>([&](auto w) {
+                    unrolled<kSteps>([&](auto step) {
+                        const auto weight = Engine::template decode<step.number>(table, words[w.number]);
+                        unrolled<kRows>([&](auto r) { multiply(step, r, w, weight); });
+                    });
+                });
             } else {
-                unrolled<kSteps>([&](auto step) { unrolled<kWeights>([&](auto w) { multiply(step, w); }); });
+                unrolled<kSteps>([&](auto step) {
+                    typename Engine::Weight weight[kWeights];
+                    unrolled<kWeights>([&](auto w) {
+                        weight[w.number] = Engine::template decode<step.number>(table, words[w.number]);
+                    });
+                    unrolled<kRows>(
+                        [&](auto r) { unrolled<kWeights>([&](auto w) { multiply(step, r, w, weight[w.number]); }); });
+                });
             }
             activations += kSteps * kRows * kWidth;
         }
