@@ -82,7 +82,7 @@ def nf4() -> Tensor:
 def assert_close(result: Tensor, expected: Tensor, what: object, bias: Tensor | None = None) -> None:
     """Norm-wise: weights and results round once in the activations' dtype; float32 sums. A bias may cancel a product."""
     eps = torch.finfo(result.dtype).eps
-    size = expected.norm() if bias is None else expected.norm() + bias.double().norm()
+    size = expected.norm() + (0.0 if bias is None else bias.double().expand_as(expected).norm())
     expected = expected if bias is None else expected + bias.double()
     error = (result.double() - expected).norm() / size.clamp_min(1e-30)
     assert error <= eps + 1e-6, (what, error)
