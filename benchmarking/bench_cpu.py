@@ -87,6 +87,22 @@ def bench_training(report: Report, shape: tuple[int, int], dtype: torch.dtype, r
     report.add(row(name, "dense linear", times, shape=shape, dtype=dtype, device="cpu", moved=moved))
 
 
+def bench_threads(report: Report, shape: tuple[int, int], dtype: torch.dtype, rows: int) -> None:
+    """Two threads against one. torch does not run in between: its own threads wait busily for a while."""
+    layer, held = quantized(weight(shape, dtype))
+    A = torch.randn(rows, shape[1], dtype=dtype)
+
+    def run(threads: int) -> None:
+        torch.set_num_threads(threads)
+        layer(A)
+
+    times = measure_pair(lambda: run(2), lambda: run(1), "cpu")
+    torch.set_num_threads(2)
+    moved = held + A.nbytes + rows * shape[0] * dtype.itemsize
+    name = f"nf4 linear M={rows}"
+    report.add(row(name, "one thread", times, shape=shape, dtype=dtype, device="cpu", moved=moved))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -103,6 +119,9 @@ def main() -> None:
         bench_layers(report, SHAPES[0], torch.bfloat16)
         for rows in TRAINED_ROWS:
             bench_training(report, SHAPES[0], torch.bfloat16, rows)
+    if max(options.threads) > 1:
+        for rows in ROWS:
+            bench_threads(report, SHAPES[0], torch.bfloat16, rows)
     if not options.no_write:
         print(f"written to {report.write()}")
 

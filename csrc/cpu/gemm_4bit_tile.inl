@@ -58,16 +58,17 @@ void stream_rows(
                 words[w.number] = load_words(source);
                 BNB_PREFETCH(source + row.ahead);
             });
-            const auto multiply = [&](auto step, auto r, auto w, auto weight) {
-                const auto a = Engine::load_weight(activations + (step.number * kRows + r.number) * kWidth);
-                F32& target = sum[w.number * kRows + r.number];
-                target = Engine::add_product(target, weight, a);
+            const auto load_activation = [&](auto step, auto r) {
+                return Engine::load_weight(activations + (step.number * kRows + r.number) * kWidth);
             };
             if constexpr (kRegistersAreFew) {
                 unrolled<kWeights>([&](auto w) {
                     unrolled<kSteps>([&](auto step) {
                         const auto weight = Engine::template decode<step.number>(table, words[w.number]);
-                        unrolled<kRows>([&](auto r) { multiply(step, r, w, weight); });
+                        unrolled<kRows>([&](auto r) {
+                            F32& target = sum[w.number * kRows + r.number];
+                            target = Engine::add_product(target, weight, load_activation(step, r));
+                        });
                     });
                 });
             } else {
@@ -76,8 +77,13 @@ void stream_rows(
                     unrolled<kWeights>([&](auto w) {
                         weight[w.number] = Engine::template decode<step.number>(table, words[w.number]);
                     });
-                    unrolled<kRows>(
-                        [&](auto r) { unrolled<kWeights>([&](auto w) { multiply(step, r, w, weight[w.number]); }); });
+                    unrolled<kRows>([&](auto r) {
+                        const auto a = load_activation(step, r);
+                        unrolled<kWeights>([&](auto w) {
+                            F32& target = sum[w.number * kRows + r.number];
+                            target = Engine::add_product(target, weight[w.number], a);
+                        });
+                    });
                 });
             }
             activations += kSteps * kRows * kWidth;
