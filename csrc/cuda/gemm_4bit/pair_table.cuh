@@ -31,9 +31,16 @@ struct ScalePair {
     uint32_t high, low;
 
     __device__ __forceinline__ explicit ScalePair(float scale) {
-        const float rounded = to_float(round_to<T>(scale));
-        const float rest = __fsub_rn(scale, rounded);
-        high = pair_of<T>(scale, scale);
+        float part;
+        if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of the bits, without a conversion
+            const uint32_t bits = __float_as_uint(scale);
+            part = __uint_as_float(bits & 0xffff0000u);
+            high = __byte_perm(bits, bits, 0x3232);
+        } else {
+            part = to_float(round_to<T>(scale));
+            high = pair_of<T>(scale, scale);
+        }
+        const float rest = __fsub_rn(scale, part);
         low = pair_of<T>(rest, rest);
     }
 
