@@ -64,10 +64,10 @@ struct MmaShare {
     }
 };
 
-// What a lane fetches of a stage's nested scales: those of row lane if they can be had at once, else of row lane / 2
-// the blocks 2 * (lane % 2) and the one after.
+// Nested scales that cannot be copied four at a time: what a lane fetches of a stage, those of row lane / 2, blocks
+// 2 * (lane % 2) and the one after.
 struct NestedScales {
-    uint32_t codes;
+    uint8_t codes[2];
     float absmax[2];
 };
 
@@ -110,22 +110,29 @@ class WeightRing {
         return slot;
     }
 
-    // Expand nested scales into their slot, before the warp next synchronizes.
+    // Expand nested scales into their slot, before the warp next synchronizes: those that a lane fetched, soon after
+    // start(), and those that were copied, once the stage has arrived.
     __device__ __forceinline__ void finish(int slot, const NestedScales& nested, const float* code, float offset) {
         if constexpr (kNested) {
+            if (scales_in_vectors_) return;
+            float2* to = reinterpret_cast<float2*>(memory_ + slot * kStageBytes + kScalesAt);
+            to[threadIdx.x % 32] = make_float2(
+                __fadd_rn(__fmul_rn(code[nested.codes[0]], nested.absmax[0]), offset),
+                __fadd_rn(__fmul_rn(code[nested.codes[1]], nested.absmax[1]), offset));
+        }
+    }
+
+    __device__ __forceinline__ void expand(int slot, const float* code, float offset) {
+        if constexpr (kNested) {
             const int lane = threadIdx.x % 32;
-            const auto scale = [&](int i, float absmax) {
-                return __fadd_rn(__fmul_rn(code[nested.codes >> 8 * i & 255], absmax), offset);
+            if (!scales_in_vectors_ || lane >= kMmaRows) return;
+            char* const at = memory_ + slot * kStageBytes + kScalesAt + lane * 16;
+            const uint2 copied = *reinterpret_cast<const uint2*>(at);
+            const float absmax = __uint_as_float(copied.y);
+            const auto scale = [&](int i) {
+                return __fadd_rn(__fmul_rn(code[copied.x >> 8 * i & 255], absmax), offset);
             };
-            char* const to = memory_ + slot * kStageBytes + kScalesAt;
-            if (!scales_in_vectors_) {
-                reinterpret_cast<float2*>(to)[lane] =
-                    make_float2(scale(0, nested.absmax[0]), scale(1, nested.absmax[1]));
-            } else if (lane < kMmaRows) {
-                const float absmax = nested.absmax[0];
-                reinterpret_cast<float4*>(to)[lane] =
-                    make_float4(scale(0, absmax), scale(1, absmax), scale(2, absmax), scale(3, absmax));
-            }
+            *reinterpret_cast<float4*>(at) = make_float4(scale(0), scale(1), scale(2), scale(3));
         }
     }
 
@@ -170,8 +177,8 @@ class WeightRing {
             if (lane < kMmaRows) {
                 const int64_t at = int64_t(min(row + lane, p_.N - 1)) * (p_.K / 64) + k / 64;
                 if constexpr (kNested) {
-                    nested.codes = __ldg(reinterpret_cast<const uint32_t*>(p_.scales.codes + at));
-                    nested.absmax[0] = __ldg(p_.scales.absmax + (at >> 8));
+                    copy_4_async(to + lane * 16, p_.scales.codes + at);
+                    copy_4_async(to + lane * 16 + 4, p_.scales.absmax + (at >> 8));
                 } else {
                     copy_16_async(to + lane * 16, p_.scales.absmax + at, true);
                 }
@@ -184,8 +191,7 @@ class WeightRing {
             const int in_row = min(k + (lane % 2 * 2 + i) * 64, p_.K - 64);
             const int64_t block = (start + in_row) >> p_.block_shift;
             if constexpr (kNested) {
-                const uint32_t code = __ldg(p_.scales.codes + block);
-                nested.codes = i == 0 ? code : nested.codes | code << 8;
+                nested.codes[i] = __ldg(p_.scales.codes + block);
                 nested.absmax[i] = __ldg(p_.scales.absmax + (block >> 8));
             } else {
                 copy_4_async(to + lane * 8 + i * 4, p_.scales.absmax + block);
@@ -419,6 +425,7 @@ __global__ void __launch_bounds__(kMmaTunings[kTuning].warps * 32)
             for (int i = 0; i < t.row_tiles; ++i) {
                 if (i < tiles) {
                     wait_for_copies<t.stages - 2>();
+                    ring.expand(slot, scale_code, offset);
                     __syncwarp();
                     NestedScales nested{};
                     const int next = ring.start(nested);
