@@ -441,6 +441,7 @@ __global__ void __launch_bounds__(kWgmmaTunings[kTuning].threads(), 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
     constexpr WgmmaShared kShared(t, kNested);
+    static_assert(t.tokens * kShared.sums_stride * 4 <= kShared.tokens + kShared.weights, "the sums have room");
     using Weights = WgmmaWeights<kNested, kTuning>;
     const uint32_t memory = shared_address(mma_shared) + kShared.table;
     float* const sums = reinterpret_cast<float*>(mma_shared + kShared.table);
