@@ -18,7 +18,7 @@ from ..._native import ABI, DTYPE_ID, FORMAT_ID, device_of, has_native, lib, ptr
 from ..._ops import dequantize_4bit, dequantize_4bit_nested, gemm_4bit, gemv_4bit
 from ..default.ops import linear_into
 
-__all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn"]
+__all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn", "aligned"]
 
 _HAS_GEMM = has_native("bnb_cuda_gemm_4bit")
 
@@ -56,8 +56,8 @@ def _gemm_4bit_use_custom_fn(device_index: int, dtype: torch.dtype, M: int, N: i
     return _fused(device_index, dtype, M, N, K, 64) is not None
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """``x`` as the kernel reads it: contiguous and aligned. Copies what is not, which is cheap for activations."""
+def aligned(x: Tensor) -> Tensor:
+    """``x`` as the kernels read it: contiguous and aligned. Copies what is not, which is cheap for activations."""
     x = x.contiguous()
     return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
@@ -102,7 +102,7 @@ def _gemm_4bit(
             weight = dequantize_4bit_nested(B, *nested, blocksize, quant_type, shapeB, A.dtype)
         _dense(A, weight, bias, out)
         return
-    A = _aligned(A)
+    A = aligned(A)
     bias = None if bias is None else bias.contiguous()
     workspace = _workspace(fused, A)
     with device_of(out):
@@ -138,7 +138,7 @@ def _gemv_4bit(A, B, shapeB, absmax, code, blocksize, out):
     if fused is None or B.data_ptr() % _ALIGNMENT:
         gemv_4bit.kernels["default"](A, B, shapeB, absmax, code, blocksize, out)
         return
-    A, absmax, code = _aligned(A), absmax.contiguous(), code.contiguous()
+    A, absmax, code = aligned(A), absmax.contiguous(), code.contiguous()
     workspace = _workspace(fused, A)
     with device_of(out):
         lib.bnb_cuda_gemm_4bit(

@@ -5,19 +5,11 @@ Which rows are whose is read on the device, so everything may be captured into a
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..._native import DTYPE_ID, FORMAT_ID, device_of, has_native, lib, ptr, stream_of
 from ..._ops import gemm_4bit_grouped, gemm_4bit_grouped_transposed
+from .gemm_4bit import aligned
 
 __all__: list[str] = []
-
-_ALIGNMENT = 16  # of what the fast kernel reads in vectors; it does without where the weights are not aligned
-
-
-def _aligned(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
 def _operands(A, B, absmax, quant_type, offsets, nested):
@@ -25,7 +17,7 @@ def _operands(A, B, absmax, quant_type, offsets, nested):
     absmax_8bit, absmax_code, absmax_offset = nested
     if absmax_8bit is not None:
         nested = (absmax_8bit.contiguous(), absmax_code.contiguous(), absmax_offset.float())
-    A, tensors = _aligned(A), (B.contiguous(), absmax.contiguous(), *nested)
+    A, tensors = aligned(A), (B.contiguous(), absmax.contiguous(), *nested)
     offsets = offsets.contiguous()
     pointers = (ptr(A), DTYPE_ID[A.dtype], *map(ptr, tensors), FORMAT_ID[quant_type], ptr(offsets))
     return pointers, (A, offsets, *tensors)

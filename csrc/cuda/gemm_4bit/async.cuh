@@ -130,21 +130,26 @@ __device__ __forceinline__ void wait_for_cluster() {
 #endif
 }
 
-// What another CTA of the cluster has at the address that is `mine` here.
+// Where another CTA of the cluster has what lies at `mine` here.
+__device__ __forceinline__ uint32_t address_of_peer(const float* mine, int rank) {
+    uint32_t theirs = 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
+#endif
+    return theirs;
+}
+
 __device__ __forceinline__ float read_of_peer(const float* mine, int rank) {
     float value = 0.0f;
 #if __CUDA_ARCH__ >= 900
-    uint32_t theirs;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(theirs));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address_of_peer(mine, rank)));
 #endif
     return value;
 }
 
 __device__ __forceinline__ void read_8_of_peer(float (&values)[8], const float* mine, int rank) {
 #if __CUDA_ARCH__ >= 900
-    uint32_t theirs;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
+    const uint32_t theirs = address_of_peer(mine, rank);
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
                  : "r"(theirs));

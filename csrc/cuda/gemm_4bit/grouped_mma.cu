@@ -3,23 +3,15 @@
 #include <algorithm>
 #include <atomic>
 
-#include "../device.cuh"
 #include "../launchers.h"
 #include "grouped_mma.cuh"
+#include "launch.cuh"
 
 namespace bnb {
 
 namespace {
 
 constexpr int kProgrammaticLaunch = 90;  // compute capability from which on it exists
-
-// More shared memory than 48 KB must be asked for, once for each kernel and device.
-void allow_shared_memory(const void* kernel, int bytes, int device, std::atomic<uint64_t>& done) {
-    const uint64_t bit = uint64_t(1) << (device % 64);
-    if (device < 64 && (done.load(std::memory_order_relaxed) & bit)) return;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-    done.fetch_or(bit, std::memory_order_relaxed);
-}
 
 template <class T, bool kTransposed, int kTuning>
 void launch(const GroupedGemm4bit& problem, const Device& device, cudaStream_t stream) {
@@ -33,18 +25,14 @@ void launch(const GroupedGemm4bit& problem, const Device& device, cudaStream_t s
     const int64_t most = int64_t(device.multiprocessors) * t.ctas;
     require(
         units < (int64_t(1) << 31) - most, "too many rows and outputs for one launch: ", units, " blocks of threads");
-    cudaLaunchAttribute attribute = {};
+    cudaLaunchAttribute attribute = programmatic_launch();
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(std::min(units, most)));
     config.blockDim = dim3(t.threads());
     config.dynamicSmemBytes = kBytes;
     config.stream = stream;
     config.attrs = &attribute;
-    if (device.capability >= kProgrammaticLaunch) {
-        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute.val.programmaticStreamSerializationAllowed = 1;
-        config.numAttrs = 1;
-    }
+    config.numAttrs = device.capability >= kProgrammaticLaunch ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, problem), "gemm_4bit_grouped_mma_kernel");
 }
 

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <atomic>
+#include <type_traits>
 
+#include "../../common/dtype.h"
 #include "../device.cuh"
+#include "problem.h"
 
 namespace bnb {
 
@@ -30,6 +33,34 @@ inline cudaLaunchAttribute cluster_of(int ctas) {
     attribute.val.clusterDim.y = 1;
     attribute.val.clusterDim.z = 1;
     return attribute;
+}
+
+// Call body with a number below kCount as a constant.
+template <int kCount, int kFrom = 0, class Body>
+void visit_number(int number, Body&& body) {
+    if constexpr (kFrom < kCount) {
+        if (number == kFrom) return body(std::integral_constant<int, kFrom>{});
+        visit_number<kCount, kFrom + 1>(number, body);
+    }
+}
+
+// Call body with what a kernel is compiled for: a value of the 16-bit dtype, whether scales are nested, the tuning.
+template <int kCount, class Body>
+void visit_kernel(const Gemm4bit& problem, bnb_dtype dtype, int tuning, Body&& body) {
+    visit_number<kCount>(tuning, [&](auto number) {
+        const auto typed = [&](auto value) {
+            if (problem.scales.codes != nullptr) {
+                body(value, std::true_type{}, number);
+            } else {
+                body(value, std::false_type{}, number);
+            }
+        };
+        if (dtype == BNB_DTYPE_BFLOAT16) {
+            typed(BFloat16{});
+        } else {
+            typed(Half{});
+        }
+    });
 }
 
 }  // namespace bnb

@@ -37,23 +37,6 @@ void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) 
     check(cudaLaunchKernelEx(&config, kernel, problem), "gemm_4bit_mma_kernel");
 }
 
-template <class T, bool kNested, int kTuning = 0>
-void launch_tuning(int tuning, const Gemm4bit& problem, const Device& device, cudaStream_t stream) {
-    if constexpr (kTuning < kMmaTuningCount) {
-        if (tuning == kTuning) return launch<T, kNested, kTuning>(problem, device, stream);
-        return launch_tuning<T, kNested, kTuning + 1>(tuning, problem, device, stream);
-    }
-}
-
-template <class T>
-void launch_typed(int tuning, const Gemm4bit& problem, const Device& device, cudaStream_t stream) {
-    if (problem.scales.codes != nullptr) {
-        launch_tuning<T, true>(tuning, problem, device, stream);
-    } else {
-        launch_tuning<T, false>(tuning, problem, device, stream);
-    }
-}
-
 }  // namespace
 
 void gemm_4bit_mma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaStream_t stream) {
@@ -63,11 +46,9 @@ void gemm_4bit_mma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaStr
     require(
         problem.M <= 8 * t.token_tiles, "tuning ", tuning, " takes ", 8 * t.token_tiles, " tokens, got ", problem.M);
     require(t.cluster == 1 || device.capability >= kClusters, "tuning ", tuning, " needs clusters");
-    if (dtype == BNB_DTYPE_BFLOAT16) {
-        launch_typed<BFloat16>(tuning, problem, device, stream);
-    } else {
-        launch_typed<Half>(tuning, problem, device, stream);
-    }
+    visit_kernel<kMmaTuningCount>(problem, dtype, tuning, [&](auto value, auto nested, auto number) {
+        launch<decltype(value), decltype(nested)::value, decltype(number)::value>(problem, device, stream);
+    });
 }
 
 }  // namespace bnb

@@ -98,23 +98,6 @@ void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) 
     check(cudaLaunchKernelEx(&config, kernel, problem), "gemm_4bit_wgmma_kernel");
 }
 
-template <class T, bool kNested, int kTuning = 0>
-void launch_tuning(int tuning, const Gemm4bit& problem, const Device& device, cudaStream_t stream) {
-    if constexpr (kTuning < kWgmmaTuningCount) {
-        if (tuning == kTuning) return launch<T, kNested, kTuning>(problem, device, stream);
-        return launch_tuning<T, kNested, kTuning + 1>(tuning, problem, device, stream);
-    }
-}
-
-template <class T>
-void launch_typed(int tuning, const Gemm4bit& problem, const Device& device, cudaStream_t stream) {
-    if (problem.scales.codes != nullptr) {
-        launch_tuning<T, true>(tuning, problem, device, stream);
-    } else {
-        launch_tuning<T, false>(tuning, problem, device, stream);
-    }
-}
-
 }  // namespace
 
 void gemm_4bit_wgmma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaStream_t stream) {
@@ -122,11 +105,9 @@ void gemm_4bit_wgmma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaS
     require(tuning >= 0 && tuning < kWgmmaTuningCount, "no such tuning: ", tuning);
     require(
         device.capability == kCapability, "warpgroups exist on compute capability 9.0, this is ", device.capability);
-    if (dtype == BNB_DTYPE_BFLOAT16) {
-        launch_typed<BFloat16>(tuning, problem, device, stream);
-    } else {
-        launch_typed<Half>(tuning, problem, device, stream);
-    }
+    visit_kernel<kWgmmaTuningCount>(problem, dtype, tuning, [&](auto value, auto nested, auto number) {
+        launch<decltype(value), decltype(nested)::value, decltype(number)::value>(problem, device, stream);
+    });
 }
 
 }  // namespace bnb
