@@ -375,9 +375,10 @@ BNB_API bnb_status bnb_cuda_gemm_4bit(
     void* out,
     int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t tuning, void* workspace, bnb_stream stream);
 
-/* Bytes of workspace that a tuning needs for a problem. A pure function, and part of every build. */
+/* Bytes of workspace that a tuning needs for a problem on a GPU of so many multiprocessors. A pure function, and part of
+ * every build. */
 BNB_API int64_t bnb_cuda_gemm_4bit_workspace(
-    bnb_dtype dtype, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t tuning);
+    bnb_dtype dtype, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t tuning, int32_t multiprocessors);
 
 /* The tuning with which bnb_cuda_gemm_4bit computes a problem fastest on a GPU of this compute capability (90 for
  * sm_90), or BNB_GEMM_DEQUANTIZE where decoding the weight for a dense matmul is faster. A pure function, and part of

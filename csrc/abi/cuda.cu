@@ -179,7 +179,7 @@ bnb_status bnb_cuda_gemm_4bit(
         require(is_aligned_16(A) && is_aligned_16(packed), "A and packed must be aligned to 16 bytes");
         if (tuning < kMmaTuningCount) return gemm_4bit_mma(problem, dtype, tuning, as_stream(stream));
         require(workspace && is_aligned_16(workspace), "tuning ", tuning, " needs a workspace aligned to 16 bytes");
-        problem.arranged = workspace;
+        problem.workspace = workspace;
         gemm_4bit_wgmma(problem, dtype, tuning - kMmaTuningCount, as_stream(stream));
     });
 }

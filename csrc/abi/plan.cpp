@@ -8,6 +8,6 @@ extern "C" int32_t bnb_cuda_gemm_4bit_plan(
 }
 
 extern "C" int64_t bnb_cuda_gemm_4bit_workspace(
-    bnb_dtype dtype, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t tuning) {
-    return bnb::workspace_of_gemm_4bit({dtype, M, N, K, blocksize}, tuning);
+    bnb_dtype dtype, int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t tuning, int32_t multiprocessors) {
+    return bnb::workspace_of_gemm_4bit({dtype, M, N, K, blocksize}, tuning, multiprocessors);
 }

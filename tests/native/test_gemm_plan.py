@@ -70,19 +70,26 @@ def test_warpgroups_multiply_what_lies_between_few_and_many(N, K):
         assert plan(M, N, K, gpu=A100) == plan(M, N, K, gpu=(100, 148)) == dequantize()
 
 
-def test_only_arranged_tokens_need_a_workspace():
+def workspace(M, N, K, tuning, multiprocessors=132):
+    problem = (DTYPE_ID[torch.bfloat16], M, N, K, 64, tuning, multiprocessors)
+    return lib.bnb_cuda_gemm_4bit_workspace(*problem)
+
+
+def test_the_warpgroup_kernel_needs_room_for_the_tokens_and_for_shared_sums():
+    N, K = 4096, 4096 + 64
     for M in (1, 8, 64, 100, 256):
-        tuning = plan(M, 4096, 4096 + 64)
-        problem = (DTYPE_ID[torch.bfloat16], M, 4096, 4096 + 64, 64, tuning)
+        tuning = plan(M, N, K)
 
-        size = lib.bnb_cuda_gemm_4bit_workspace(*problem)
-
+        # Tiles of tokens and stages of K are whole; each CTA may leave the sums of two tiles.
+        tokens = 2 * (K + 192) * (M if M % 64 == 0 else 128)
         if M <= 8:
-            assert size == 0
-        else:  # whole tiles of tokens, and K in whole stages of 256
-            assert size % (4096 + 256) == 0 and 2 * M <= size // (4096 + 256) < 2 * (M + 128)
+            assert workspace(M, N, K, tuning) == 0
+        else:
+            assert tokens < workspace(M, N, K, tuning) <= tokens + 132 * 2 * 256 * 256 * 4
+            assert workspace(M, N, K, tuning, multiprocessors=1) == tokens  # one CTA has every tile for itself
     for tuning in (dequantize(), plain(), 1000):
-        assert lib.bnb_cuda_gemm_4bit_workspace(DTYPE_ID[torch.bfloat16], 64, 4096, 4096, 64, tuning) == 0
+        assert workspace(64, 4096, 4096, tuning) == 0
+    assert workspace(64, N, K, plan(64, N, K), multiprocessors=0) == 0
 
 
 @pytest.mark.parametrize("size", [(0, 64, 64), (1, 0, 64), (1, 64, 0), (1, 2**40, 64), (1, 64, 2**40)])

@@ -267,9 +267,9 @@ def _product(A, weight, tuning):
     )
     out = torch.full((M, N), float("nan"), device="cuda", dtype=A.dtype)
     problem = (DTYPE_ID[A.dtype], M, N, K, state.blocksize)
-    workspace = torch.full(
-        (lib.bnb_cuda_gemm_4bit_workspace(*problem, tuning),), 0xFF, dtype=torch.uint8, device="cuda"
-    )
+    multiprocessors = torch.cuda.get_device_properties(A.device).multi_processor_count
+    size = lib.bnb_cuda_gemm_4bit_workspace(*problem, tuning, multiprocessors)
+    workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
     head = (ptr(A), DTYPE_ID[A.dtype], ptr(weight.packed), *scales, None, FORMAT_ID["nf4"], None, ptr(out))
     try:
         lib.bnb_cuda_gemm_4bit(*head, M, N, K, state.blocksize, tuning, ptr(workspace), stream_of(A))

@@ -48,7 +48,8 @@ def _fused(device_index: int, dtype: torch.dtype, M: int, N: int, K: int, blocks
     )
     if tuning == ABI.constants["BNB_GEMM_DEQUANTIZE"]:
         return None
-    return _Fused(tuning, lib.bnb_cuda_gemm_4bit_workspace(*problem, tuning))
+    workspace = lib.bnb_cuda_gemm_4bit_workspace(*problem, tuning, device.multi_processor_count)
+    return _Fused(tuning, workspace)
 
 
 def _gemm_4bit_use_custom_fn(device_index: int, dtype: torch.dtype, M: int, N: int, K: int) -> bool:

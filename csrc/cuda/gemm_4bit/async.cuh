@@ -82,10 +82,16 @@ __device__ __forceinline__ void copy_bulk_async(uint32_t to, const void* from, i
 
 // ---- launches and clusters ----
 
-// Wait until the kernels before this one have ended and their results can be read; then let the next one start.
+// Wait until the kernels before this one have ended and their results can be read.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may start once every CTA has come here or ended.
+__device__ __forceinline__ void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
@@ -102,20 +108,16 @@ __device__ __forceinline__ void prefetch_to_l2(const void* from, int64_t bytes) 
 #endif
 }
 
+__device__ __forceinline__ void prefetch_line_to_l2(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 __device__ __forceinline__ int rank_in_cluster() {
     uint32_t rank = 0;
 #if __CUDA_ARCH__ >= 900
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
 #endif
     return static_cast<int>(rank);
-}
-
-__device__ __forceinline__ int size_of_cluster() {
-    uint32_t size = 1;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-#endif
-    return static_cast<int>(size);
 }
 
 __device__ __forceinline__ void arrive_at_cluster() {
@@ -145,18 +147,6 @@ __device__ __forceinline__ float read_of_peer(const float* mine, int rank) {
     asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address_of_peer(mine, rank)));
 #endif
     return value;
-}
-
-__device__ __forceinline__ void read_8_of_peer(float (&values)[8], const float* mine, int rank) {
-#if __CUDA_ARCH__ >= 900
-    const uint32_t theirs = address_of_peer(mine, rank);
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
-                 : "r"(theirs));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4 + 16];"
-                 : "=f"(values[4]), "=f"(values[5]), "=f"(values[6]), "=f"(values[7])
-                 : "r"(theirs));
-#endif
 }
 
 #endif  // sm_80

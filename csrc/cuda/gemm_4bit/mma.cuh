@@ -396,6 +396,7 @@ __global__ void __launch_bounds__(kMmaTunings[kTuning].warps * 32)
     if (threadIdx.x == 0) ring.prefetch(rank);
     if (p.code == nullptr) table.fill([&](int i) { return p.values[i]; });
     wait_for_predecessor();
+    let_successor_start();
 
     NestedScales first[t.stages - 1] = {};
 #pragma unroll

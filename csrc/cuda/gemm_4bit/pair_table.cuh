@@ -30,6 +30,8 @@ template <class T>
 struct ScalePair {
     uint32_t high, low;
 
+    ScalePair() = default;
+
     __device__ __forceinline__ explicit ScalePair(float scale) {
         float part;
         if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of the bits, without a conversion

@@ -30,11 +30,10 @@ constexpr int wgmma(int tuning) { return kMmaTuningCount + tuning; }
 constexpr int64_t kFirstWgmmaTokens = 9;
 
 constexpr Choice kWgmmaChoices[] = {
-    {16, kHuge, kAny, wgmma(0)},      {16, kLarge, kAny, 4},        {16, 0, kAny, 3},
-    {32, kLarge, kFewRows, wgmma(2)}, {32, kLarge, kAny, wgmma(1)}, {32, 0, kAny, 6},
-    {64, 0, kFewRows, wgmma(4)},      {64, 0, kAny, wgmma(3)},      {128, kHuge, kAny, wgmma(5)},
-    {128, 0, kAny, wgmma(6)},         {256, 0, kFewRows, wgmma(6)}, {256, 0, kAny, wgmma(5)},
-    {512, kLarge, kAny, wgmma(5)},
+    {16, kHuge, kAny, wgmma(0)},  {16, kLarge, kAny, 4},         {16, 0, kAny, 3},
+    {32, 0, kAny, wgmma(1)},      {64, 0, kFewRows, wgmma(3)},   {64, 0, kAny, wgmma(2)},
+    {128, kHuge, kAny, wgmma(4)}, {128, 0, kAny, wgmma(5)},      {256, 0, kFewRows, wgmma(5)},
+    {256, 0, kAny, wgmma(6)},     {512, kLarge, kAny, wgmma(6)},
 };
 
 constexpr Choice kMmaChoices[] = {
@@ -101,10 +100,10 @@ int plan_gemm_4bit(const GemmProblem& problem, const GemmDevice& device, bool wo
     return BNB_GEMM_DEQUANTIZE;
 }
 
-int64_t workspace_of_gemm_4bit(const GemmProblem& problem, int tuning) {
+int64_t workspace_of_gemm_4bit(const GemmProblem& p, int tuning, int multiprocessors) {
     const int index = tuning - kMmaTuningCount;
-    const bool arranges = index >= 0 && index < kWgmmaTuningCount && can_multiply_with_mma(problem);
-    return arranges ? arranged_bytes(kWgmmaTunings[index], problem.M, problem.K) : 0;
+    if (index < 0 || index >= kWgmmaTuningCount || !can_multiply_with_mma(p) || multiprocessors <= 0) return 0;
+    return WgmmaWorkspace(kWgmmaTunings[index], p.M, p.N, p.K, multiprocessors).bytes();
 }
 
 }  // namespace bnb

@@ -28,6 +28,6 @@ bool can_multiply_with_simt(const GemmProblem& problem);
 int plan_gemm_4bit(const GemmProblem& problem, const GemmDevice& device, bool workspace = true);
 
 // Bytes of workspace with which a tuning computes a problem.
-int64_t workspace_of_gemm_4bit(const GemmProblem& problem, int tuning);
+int64_t workspace_of_gemm_4bit(const GemmProblem& problem, int tuning, int multiprocessors);
 
 }  // namespace bnb

@@ -15,7 +15,7 @@ struct Gemm4bit {
     float values[16];
     const void* bias;  // [N] or null
     void* out;         // [M, N]
-    void* arranged;    // room for arranged_bytes, for the warpgroup kernel alone
+    void* workspace;   // of the warpgroup kernel alone: it begins with the arranged tokens
     int M, N, K;
     int block_shift;  // the block size is 1 << block_shift
 };

@@ -59,25 +59,22 @@ struct MmaShared {
 
 // The shapes of the warpgroup kernel (sm_90a), which the plan counts after those above.
 struct WgmmaTuning {
-    int tokens;            // of a CTA: the width of one product
-    int groups;            // of four warps
-    int row_tiles;         // of 16 rows and a warp
-    int stages;            // of a warp's ring of weights: one is read, the others are in flight
-    int token_blocks;      // of 64 k in a slot of the ring of tokens
-    bool scaled_operands;  // weights are scaled before they are multiplied, not the sums of 64 products
+    int tokens;        // of a CTA: the width of one product
+    int groups;        // of four warps, with 64 rows each
+    int token_blocks;  // of 64 k in a slot of the ring of tokens
 
-    BNB_HOST_DEVICE constexpr int rows() const { return groups * row_tiles * 64; }
+    BNB_HOST_DEVICE constexpr int rows() const { return groups * 64; }
     BNB_HOST_DEVICE constexpr int threads() const { return groups * 128; }
 };
 
 constexpr WgmmaTuning kWgmmaTunings[] = {
-    {16, 4, 1, 3, 4, false},  // 0
-    {32, 4, 1, 3, 2, false},  // 1
-    {32, 3, 1, 3, 2, false},  // 2
-    {64, 4, 1, 2, 2, true},   // 3
-    {64, 3, 1, 2, 2, true},   // 4
-    {128, 2, 2, 2, 1, true},  // 5
-    {128, 2, 1, 2, 1, true},  // 6
+    {16, 4, 4},   // 0
+    {32, 4, 2},   // 1
+    {64, 4, 2},   // 2
+    {64, 3, 2},   // 3
+    {128, 3, 1},  // 4
+    {128, 2, 1},  // 5
+    {256, 2, 1},  // 6
 };
 
 constexpr int kWgmmaTuningCount = sizeof(kWgmmaTunings) / sizeof(kWgmmaTunings[0]);
@@ -85,27 +82,43 @@ constexpr int kWgmmaTuningCount = sizeof(kWgmmaTunings) / sizeof(kWgmmaTunings[0
 // What lies in shared memory, in this order; sizes in bytes.
 struct WgmmaShared {
     static constexpr int kTableStride = 256;
-    static constexpr int kLine = kMmaK / 2;  // of a row
-    static constexpr int kTile = kMmaRows * kLine + kMmaRows * kMmaBlocks * 4;
     static constexpr int kTokenSlots = 4;
-    int table, tokens, weights, barriers, scale_code;
-    int sums_stride;  // the sums replace tokens and weights
+    int table, tokens, barriers, scale_code;
 
     BNB_HOST_DEVICE constexpr WgmmaShared(const WgmmaTuning& t, bool nested)
         : table(kPairs * kTableStride),
           tokens(kTokenSlots * t.token_blocks * t.tokens * 128),
-          weights(t.threads() / 32 * t.stages * t.row_tiles * kTile),
           barriers(kTokenSlots * 16),
-          scale_code(nested ? 256 * 4 : 0),
-          sums_stride(t.rows() + 4) {}
+          scale_code(nested ? 256 * 4 : 0) {}
 
-    BNB_HOST_DEVICE constexpr int scale_code_at() const { return table + tokens + weights + barriers; }
+    BNB_HOST_DEVICE constexpr int scale_code_at() const { return table + tokens + barriers; }
     BNB_HOST_DEVICE constexpr int bytes() const { return scale_code_at() + scale_code; }
 };
 
-// Bytes of the arranged tokens: tiles of them and stages of K are filled up with zeros.
-constexpr int64_t arranged_bytes(const WgmmaTuning& t, int64_t M, int64_t K) {
-    return (M + t.tokens - 1) / t.tokens * t.tokens * ((K + kMmaK - 1) / kMmaK * kMmaK) * 2;
-}
+// How the stages of all tiles, one tile after the other, are shared out among CTAs.
+struct WgmmaSplit {
+    int each, all;  // stages: of a CTA, and together
+    void* parts;    // what CTAs leave of tiles they share
+};
+
+// The workspace of a problem: the arranged tokens, then the parts; sizes in bytes. Tiles of tokens and stages of K are
+// filled up with zeros.
+struct WgmmaWorkspace {
+    int64_t token_tiles, of_tile;  // stages of K
+    int64_t stages, each, ctas;
+    int64_t arranged, parts;
+
+    constexpr WgmmaWorkspace(const WgmmaTuning& t, int64_t M, int64_t N, int64_t K, int multiprocessors)
+        : token_tiles((M + t.tokens - 1) / t.tokens),
+          of_tile((K + kMmaK - 1) / kMmaK),
+          stages((N + t.rows() - 1) / t.rows() * token_tiles * of_tile),
+          each((stages + multiprocessors - 1) / multiprocessors),
+          ctas((stages + each - 1) / each),
+          arranged(token_tiles * t.tokens * of_tile * kMmaK * 2),
+          parts(shares_tiles() ? ctas * 2 * t.rows() * t.tokens * 4 : 0) {}
+
+    constexpr bool shares_tiles() const { return each % of_tile != 0; }
+    constexpr int64_t bytes() const { return arranged + parts; }
+};
 
 }  // namespace bnb

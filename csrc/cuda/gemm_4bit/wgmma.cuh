@@ -1,18 +1,23 @@
 // 4-bit weights times tokens on the warpgroup instructions of sm_90a: out[m, n] = sum over k of A[m, k] * W[n, k].
 //
 // The weight is the operand in registers, its rows the 64 of an instruction; the tokens are the operand in shared
-// memory, read once for four warps. A CTA owns a block of rows, a tile of tokens and a part of K. Each warp copies and
-// decodes its own rows, 256 k at a time, through its own ring, so that no warp waits for another; the tokens travel
-// through one ring for all, by bulk copies. The CTAs of a cluster share out K and add up their parts through one
-// another's shared memory, in a fixed order.
+// memory, read once for four warps. A tile is a block of rows by some tokens, and its stages are 256 k each. The weight
+// goes from memory straight to the registers of the lanes that decode it, so that no warp waits for another and shared
+// memory, which limits this kernel, is left to the table of values and the tokens. Those travel through one ring for
+// all, by bulk copies.
+//
+// The stages of all tiles, one after the other, are shared out evenly, so that every multiprocessor has work to the
+// end. A CTA walks over its tiles from the last one down. Where a tile is shared, each CTA leaves its sums in the
+// workspace, and a third kernel adds them up, in a fixed order.
 //
 // The kernel before this one arranges the tokens. It lets this one start when all that came before it has ended, so
 // weights and scales may be read at once and only the tokens must be waited for.
 //
-// The plain layout needs no repacking: inside 64 consecutive k, lane t of a quad takes the packed bytes 8t .. 8t + 7 of
-// its row, and the tokens are arranged in the order that this gives k. While the tensor cores multiply one unit of 64
-// rows and 64 k, the next is decoded. For few tokens the 64 products are summed before they are scaled in float32; for
-// many the weights are scaled before they are multiplied. Blocks are no shorter than 64.
+// The plain layout needs no repacking, since k may be summed in any order. Of 128 consecutive k, lane t of a quad takes
+// those from 32 t on, 16 bytes of a packed row that lie in one block; a unit is 8 of them, 64 k of 64 rows. The tokens
+// are arranged in the order that this gives k. Rows trade places within a warp's 16, so that a lane ends up with four
+// results side by side. While the tensor cores multiply one unit, the next is decoded: each byte gives a pair of
+// values, which is scaled, and so rounded once more, before it is multiplied. Blocks are no shorter than 64.
 #pragma once
 
 #include "pair_table.cuh"
@@ -23,31 +28,50 @@ namespace bnb {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// What a CTA multiplies: rows first_row .. of the weight, one tile of tokens, stages of K.
-struct WgmmaPlace {
-    int first_row, token_tile;
-    int first_stage, stages;
+// A CTA's stages, counted through all tiles: begin .. end, `of_tile` in each. Fewer than 2^31: each is 32 KB of weights
+// or, of the same weights for more tokens, a millisecond's work.
+struct WgmmaShare {
+    int begin, end, of_tile;
 
-    template <int kTuning>
-    __device__ static WgmmaPlace of(const Gemm4bit& p, int rank, int cluster) {
-        constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
-        const int token_tiles = (p.M + t.tokens - 1) / t.tokens;
-        const int tile = blockIdx.x / cluster;
-        const int all = (p.K + kMmaK - 1) / kMmaK;
-        WgmmaPlace place;
-        place.first_row = tile / token_tiles * t.rows();
-        place.token_tile = tile % token_tiles;
-        place.first_stage = static_cast<int>(int64_t(all) * rank / cluster);
-        place.stages = static_cast<int>(int64_t(all) * (rank + 1) / cluster) - place.first_stage;
-        return place;
+    __device__ WgmmaShare(const Gemm4bit& p, const WgmmaSplit& split, int cta)
+        : begin(cta * split.each),
+          end(min(begin + split.each, split.all)),
+          of_tile((p.K + kMmaK - 1) / kMmaK) {}
+
+    __device__ int count() const { return end - begin; }
+};
+
+// Where in its share a CTA is: tile after tile from the last one down, in each stage after stage.
+struct WgmmaWalk {
+    int tile, stage, end;  // `end`: of this CTA's stages in the tile
+
+    __device__ explicit WgmmaWalk(const WgmmaShare& share)
+        : tile((share.end - 1) / share.of_tile),
+          stage(max(0, share.begin - tile * share.of_tile)),
+          end(share.end - tile * share.of_tile) {}
+
+    __device__ __forceinline__ void next_tile(const WgmmaShare& share) {
+        --tile;
+        stage = max(0, share.begin - tile * share.of_tile);
+        end = share.of_tile;
+    }
+
+    // Go on; returns whether another tile begins.
+    __device__ __forceinline__ bool next(const WgmmaShare& share) {
+        if (++stage < end) return false;
+        next_tile(share);
+        return true;
     }
 };
 
-// The first row of a warp's tile of 16, within the CTA.
 template <int kTuning>
-__device__ __forceinline__ int row_of_tile(int tile) {
-    return (tile * kWgmmaTunings[kTuning].groups + threadIdx.x / 128) * 64 + threadIdx.x / 32 % 4 * 16;
+__device__ __forceinline__ int token_tiles_of(const Gemm4bit& p) {
+    return (p.M + kWgmmaTunings[kTuning].tokens - 1) / kWgmmaTunings[kTuning].tokens;
 }
+
+// Where rows lie among a warp's 16: the four of a lane's results are side by side in the weight. Lane (g, t) decodes
+// lines g and g + 8.
+__device__ __forceinline__ int row_of_line(int line) { return line % 8 / 2 * 4 + line % 2 + line / 8 * 2; }
 
 // Call body with each number below kCount as a constant.
 template <int kCount, int kFrom = 0, class Body>
@@ -58,376 +82,316 @@ __device__ __forceinline__ void unroll(Body&& body) {
     }
 }
 
-// The 16-byte pieces of a line of weights change places with its row, so that eight rows' 8-byte reads meet in no bank.
-__device__ __forceinline__ int swizzled(int piece, int row) { return piece ^ row % 4 * 2; }
+// Read 16 bytes that are read once.
+__device__ __forceinline__ void load_16_once(uint32_t (&to)[4], const void* from, uint64_t policy) {
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from), "l"(policy));
+}
 
-// A warp's ring of weights and scales.
-template <bool kNested, int kTuning>
+// The weights and scales that a lane reads ahead: half a stage, 128 k of two rows, at a time.
+template <class T, bool kNested, int kTuning>
 class WgmmaWeights {
     static constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
 
   public:
-    // What a lane fetches of a tile's nested scales: those of row lane if they can be had at once, else of row lane / 2
-    // the blocks lane % 2 * 2 and the one after.
-    struct Nested {
-        uint32_t codes[kNested ? t.row_tiles : 1];
-        float absmax[kNested ? t.row_tiles * 2 : 1];
-    };
-
-    __device__ WgmmaWeights(const Gemm4bit& p, const WgmmaPlace& place, uint32_t memory)
-        : p_(p),
-          first_row_(place.first_row),
-          memory_(memory + threadIdx.x / 32 * t.stages * kStage),
-          k_(place.first_stage * kMmaK),
-          end_((place.first_stage + place.stages) * kMmaK),
-          slot_(memory_) {
-        const int lane = threadIdx.x % 32, line = lane / 8;
-        from_ = p.packed + (int64_t(place.first_row + row_of_tile<kTuning>(0) + line) * p.K + k_) / 2 + lane % 8 * 16;
-        to_ = line * kLine + swizzled(lane % 8, line) * 16;
-        const uintptr_t scales = reinterpret_cast<uintptr_t>(kNested ? (const void*)p.scales.codes : p.scales.absmax);
-        scales_in_vectors_ = p.block_shift == 6 && p.K % kMmaK == 0 && scales % (kNested ? 4 : 16) == 0;
+    __device__ WgmmaWeights(const Gemm4bit& p, const WgmmaShare& share) : p_(p), share_(share), walk_(share) {
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once_));
+        begin_tile();
     }
 
-    __device__ uint32_t first() const { return memory_; }
-
-    __device__ __forceinline__ uint32_t after(uint32_t slot) const {
-        slot += kStage;
-        return slot == memory_ + t.stages * kStage ? memory_ : slot;
-    }
-
-    // Ask for the beginning of this CTA's weights to be brought into L2.
-    __device__ void prefetch() const {
-        constexpr int kLimit = 512;  // bytes of a row; more would compete with what is running
-        for (int i = threadIdx.x; i < t.rows(); i += t.threads()) {
-            const int bytes = min((min(end_, p_.K) - k_) / 2, kLimit);
-            if (first_row_ + i < p_.N && bytes > 0) {
-                prefetch_to_l2(p_.packed + (int64_t(first_row_ + i) * p_.K + k_) / 2, bytes);
-            }
-        }
-    }
-
-    // Start the copies of the next stage and return its slot; `nested` receives what finish() needs.
-    __device__ __forceinline__ uint32_t start(Nested& nested) {
-        const uint32_t slot = slot_;
-        if (k_ < end_) {
+    // Start reading a half of the next stage, if there is one; the second half ends it.
+    template <int kHalf>
+    __device__ __forceinline__ void load(bool there) {
+        if (there) {
+            // Beyond K the tokens are 0: there, the row's last weights will do.
+            const int k = min(walk_.stage * kMmaK + kHalf * 128 + static_cast<int>(threadIdx.x) % 4 * 32, p_.K - 32);
+            Half128& half = halves_[kHalf];
+            load_16_once(half.packed[0], from_ + k / 2, once_);
+            load_16_once(half.packed[1], from_ + below_ * (p_.K / 2) + k / 2, once_);
 #pragma unroll
-            for (int tile = 0; tile < t.row_tiles; ++tile) {
-                copy_lines(slot + tile * kTile, tile);
-                copy_scales(slot + tile * kTile + kMmaRows * kLine, tile, nested);
+            for (int i = 0; i < 2; ++i) {
+                const int64_t block = first_block_ + i * below_ * (p_.K >> p_.block_shift) + (k >> p_.block_shift);
+                if constexpr (kNested) half.codes[i] = __ldg(p_.scales.codes + block);
+                half.absmax[i] = __ldg(p_.scales.absmax + (kNested ? block >> 8 : block));
             }
         }
-        commit_copies();
-        k_ += kMmaK;
-        from_ += kMmaK / 2;
-        slot_ = after(slot);
-        return slot;
+        if (kHalf == 0) return;
+        if (walk_.next(share_)) begin_tile();
     }
 
-    // Expand nested scales into their slot, before the warp next synchronizes.
-    __device__ __forceinline__ void finish(uint32_t slot, const Nested& nested, const float* code, float offset) {
-        if constexpr (kNested) {
-            const int lane = threadIdx.x % 32;
-            const auto scale = [&](int tile, int i, float absmax) {
-                return __fadd_rn(__fmul_rn(code[nested.codes[tile] >> 8 * i & 255], absmax), offset);
-            };
+    // The operands of unit kBlock of the stage that has been read.
+    template <int kBlock, class Table>
+    __device__ __forceinline__ void decode(uint32_t (&a)[16], const Table& table, const float* code, float offset) {
+        const Half128& half = halves_[kBlock / 2];
+        if (kBlock % 2 == 0) {
 #pragma unroll
-            for (int tile = 0; tile < t.row_tiles; ++tile) {
-                const uint32_t to = slot + tile * kTile + kMmaRows * kLine;
-                const float* absmax = nested.absmax + tile * 2;
-                if (!scales_in_vectors_) {
-                    store_2(to + lane * 8, scale(tile, 0, absmax[0]), scale(tile, 1, absmax[1]));
-                } else if (lane < kMmaRows) {
-                    store_2(to + lane * 16, scale(tile, 0, absmax[0]), scale(tile, 1, absmax[0]));
-                    store_2(to + lane * 16 + 8, scale(tile, 2, absmax[0]), scale(tile, 3, absmax[0]));
-                }
+            for (int i = 0; i < 2; ++i) {
+                float scale = half.absmax[i];
+                if constexpr (kNested) scale = __fadd_rn(__fmul_rn(code[half.codes[i]], scale), offset);
+                scales_[i] = ScalePair<T>(scale);
             }
         }
-    }
-
-  private:
-    static constexpr int kLine = WgmmaShared::kLine, kTile = WgmmaShared::kTile;
-    static constexpr int kStage = t.row_tiles * kTile;
-
-    __device__ __forceinline__ void copy_lines(uint32_t to, int tile) const {
-        const int lane = threadIdx.x % 32;
-        const int left = p_.N - first_row_ - row_of_tile<kTuning>(tile) - lane / 8;
-        const bool there = k_ + lane % 8 * 32 < p_.K;
-        const uint8_t* from = from_ + int64_t(tile * t.groups * 64) * (p_.K / 2);
-#pragma unroll
-        for (int i = 0; i < kMmaRows / 4; ++i) {
-            copy_16_async(to + to_ + i * 4 * kLine, from, there && i * 4 < left);
-            from += 4 * int64_t(p_.K / 2);
-        }
-    }
-
-    static __device__ __forceinline__ void store_2(uint32_t to, float a, float b) {
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(a), "f"(b) : "memory");
-    }
-
-    // Scales outside of K are finite, since what they scale is 0.
-    __device__ __forceinline__ void copy_scales(uint32_t to, int tile, Nested& nested) const {
-        const int lane = threadIdx.x % 32, first = first_row_ + row_of_tile<kTuning>(tile);
-        const int blocks = p_.K >> p_.block_shift;  // of a row
-        if (scales_in_vectors_) {
-            if (lane < kMmaRows) {
-                const int64_t at = int64_t(min(first + lane, p_.N - 1)) * blocks + k_ / 64;
-                if constexpr (kNested) {
-                    nested.codes[tile] = __ldg(reinterpret_cast<const uint32_t*>(p_.scales.codes + at));
-                    nested.absmax[tile * 2] = __ldg(p_.scales.absmax + (at >> 8));
-                } else {
-                    copy_16_async(to + lane * 16, p_.scales.absmax + at, true);
-                }
-            }
-            return;
-        }
-        const int64_t start = int64_t(min(first + lane / 2, p_.N - 1)) * blocks;
-        if constexpr (kNested) nested.codes[tile] = 0;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int k = k_ + (lane % 2 * 2 + i) * 64;
-            const bool wanted = k < p_.K;
-            const int64_t block = start + (k >> p_.block_shift);
-            if constexpr (kNested) {
-                if (wanted) nested.codes[tile] |= uint32_t(__ldg(p_.scales.codes + block)) << 8 * i;
-                nested.absmax[tile * 2 + i] = wanted ? __ldg(p_.scales.absmax + (block >> 8)) : 0.0f;
-            } else {
-                copy_4_async(to + lane * 8 + i * 4, p_.scales.absmax + block, wanted);
-            }
-        }
-    }
-
-    const Gemm4bit& p_;
-    const int first_row_;
-    const uint32_t memory_;
-    int k_;
-    const int end_;
-    uint32_t slot_;
-    const uint8_t* from_;  // what this lane copies first in the next stage
-    uint32_t to_;          // and where to, within a tile
-    bool scales_in_vectors_;
-};
-
-// The ring of four slots of tokens. One thread copies; every warp says when it has read a slot. Slots are counted from
-// the first stage on.
-template <int kTuning>
-class WgmmaTokens {
-    static constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
-    static constexpr uint32_t kSlots = WgmmaShared::kTokenSlots, kBytes = t.token_blocks * t.tokens * 128;
-
-  public:
-    static constexpr uint32_t kOfStage = kMmaBlocks / t.token_blocks;
-
-    __device__ WgmmaTokens(const Gemm4bit& p, const WgmmaPlace& place, uint32_t memory, uint32_t barriers)
-        : memory_(memory),
-          barriers_(barriers),
-          count_(place.stages * kOfStage) {
-        const int64_t all = (p.K + kMmaK - 1) / kMmaK * kOfStage;
-        from_ = static_cast<const char*>(p.arranged) +
-                (place.token_tile * all + place.first_stage * kOfStage) * int64_t(kBytes);
-    }
-
-    // By one thread, before the CTA synchronizes.
-    __device__ void prepare() const {
-        for (uint32_t i = 0; i < kSlots; ++i) {
-            make_barrier(filled(i), 1);
-            make_barrier(emptied(i), t.threads() / 32);
-        }
-        publish_barriers();
-    }
-
-    // By the thread that copies.
-    __device__ void fill_first() const {
-        for (uint32_t i = 0; i < kSlots && i < count_; ++i) copy(i);
-    }
-
-    // Where the tokens of slot i are, once they are there.
-    __device__ __forceinline__ uint32_t wait(uint32_t i) const {
-        wait_for_barrier(filled(i), i / kSlots % 2);
-        return memory_ + i % kSlots * kBytes;
-    }
-
-    // This warp has read slot i. The thread that copies refills the one before, which all have read soon.
-    __device__ __forceinline__ void release(uint32_t i) const {
-        if (threadIdx.x % 32 == 0) arrive_at_barrier(emptied(i));
-        if (threadIdx.x == 0 && i > 0 && i - 1 + kSlots < count_) {
-            wait_for_barrier(emptied(i - 1), (i - 1) / kSlots % 2);
-            copy(i - 1 + kSlots);
-        }
-        __syncwarp();
-    }
-
-  private:
-    __device__ __forceinline__ uint32_t filled(uint32_t i) const { return barriers_ + i % kSlots * 16; }
-    __device__ __forceinline__ uint32_t emptied(uint32_t i) const { return barriers_ + i % kSlots * 16 + 8; }
-
-    __device__ __forceinline__ void copy(uint32_t i) const {
-        expect_bytes(filled(i), kBytes);
-        copy_bulk_async(memory_ + i % kSlots * kBytes, from_ + int64_t(i) * kBytes, kBytes, filled(i));
-    }
-
-    const uint32_t memory_, barriers_;
-    const uint32_t count_;  // to be read in all
-    const char* from_;
-};
-
-// A warp's share of the rows, as part of its warpgroup. Units of 64 rows and 64 k take turns in two sets of operands:
-// one is multiplied while the next is decoded.
-template <class T, bool kNested, int kTuning>
-class WgmmaUnits {
-    static constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
-    static constexpr WgmmaShared kShared{t, kNested};
-
-  public:
-    __device__ WgmmaUnits() {
-        const int lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
-        line_ = g * WgmmaShared::kLine + swizzled(quad / 2, g) * 16 + quad % 2 * 8;
-    }
-
-    // Fetch the operands of a tile of rows and a block of 64 k, after which the stage is no longer needed.
-    template <int kSet, class Table>
-    __device__ __forceinline__ void decode(int tile, int block, uint32_t stage, const Table& table) {
-        stage += tile * WgmmaShared::kTile;
-        // Piece 2 * block + quad / 2, swizzled: an exclusive or of its bits.
-        const uint32_t line = stage + (line_ ^ block * 32);
-        const uint32_t scales = stage + kMmaRows * WgmmaShared::kLine + threadIdx.x % 32 / 4 * 16 + block * 4;
-        uint2 above, below;
-        float scale_above, scale_below;
-        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(above.x), "=r"(above.y) : "r"(line));
-        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];"
-                     : "=r"(below.x), "=r"(below.y)
-                     : "r"(line), "n"(8 * WgmmaShared::kLine));
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(scale_above) : "r"(scales));
-        asm volatile("ld.shared.f32 %0, [%1 + 128];" : "=f"(scale_below) : "r"(scales));
-        uint32_t (&a)[16] = a_[kSet];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const uint32_t x = j < 2 ? above.x : above.y, y = j < 2 ? below.x : below.y;
+            const uint32_t x = half.packed[0][kBlock % 2 * 2 + j / 2], y = half.packed[1][kBlock % 2 * 2 + j / 2];
             const bool odd = j % 2;
             a[4 * j] = odd ? table.template look_up<2>(x) : table.template look_up<0>(x);
             a[4 * j + 1] = odd ? table.template look_up<2>(y) : table.template look_up<0>(y);
             a[4 * j + 2] = odd ? table.template look_up<3>(x) : table.template look_up<1>(x);
             a[4 * j + 3] = odd ? table.template look_up<3>(y) : table.template look_up<1>(y);
         }
-        if constexpr (t.scaled_operands) {
-            const ScalePair<T> pair_above(scale_above), pair_below(scale_below);
 #pragma unroll
-            for (int j = 0; j < 16; ++j) a[j] = j % 2 == 0 ? pair_above.scaled(a[j]) : pair_below.scaled(a[j]);
+        for (int j = 0; j < 16; ++j) a[j] = scales_[j % 2].scaled(a[j]);
+    }
+
+  private:
+    struct Half128 {
+        uint32_t packed[2][4];
+        float absmax[2];
+        uint8_t codes[2];
+    };
+
+    // Rows that do not exist are read as the last one is.
+    __device__ __forceinline__ void begin_tile() {
+        const int line = threadIdx.x % 32 / 4;
+        const int first = walk_.tile / token_tiles_of<kTuning>(p_) * t.rows() + threadIdx.x / 32 * 16;
+        const int row = min(first + row_of_line(line), p_.N - 1);
+        below_ = min(first + row_of_line(line + 8), p_.N - 1) - row;
+        from_ = p_.packed + int64_t(row) * (p_.K / 2);
+        first_block_ = int64_t(row) * (p_.K >> p_.block_shift);
+    }
+
+    const Gemm4bit& p_;
+    const WgmmaShare& share_;
+    WgmmaWalk walk_;  // what is read next
+    uint64_t once_;
+    const uint8_t* from_;  // the first line's row
+    int64_t first_block_;
+    int below_;  // rows from there to the second line's
+    Half128 halves_[2];
+    ScalePair<T> scales_[2];
+};
+
+// The ring of slots of tokens, several to a stage or several stages' in all. One thread copies; every warp says when it
+// has read a slot.
+template <int kTuning>
+class WgmmaTokens {
+    static constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
+    static constexpr uint32_t kSlots = WgmmaShared::kTokenSlots, kBytes = t.token_blocks * t.tokens * 128;
+    static constexpr uint32_t kOfStage = kMmaBlocks / t.token_blocks, kStages = kSlots / kOfStage;
+    static_assert(kSlots % kOfStage == 0, "the ring holds whole stages");
+
+  public:
+    __device__ WgmmaTokens(const Gemm4bit& p, const WgmmaShare& share, uint32_t memory, uint32_t barriers)
+        : memory_(memory),
+          barriers_(barriers),
+          p_(p),
+          share_(share),
+          walk_(share) {}
+
+    // By one thread, before the CTA synchronizes.
+    __device__ void prepare() const {
+        for (uint32_t i = 0; i < kSlots; ++i) {
+            make_barrier(barriers_ + i * 16, 1);
+            make_barrier(barriers_ + i * 16 + 8, t.threads() / 32);
+        }
+        publish_barriers();
+    }
+
+    // By the thread that copies.
+    __device__ void fill_first() {
+        begin_tile();
+        for (uint32_t s = 0; s < kStages && s < share_.count(); ++s) {
+            for (uint32_t j = 0; j < kOfStage; ++j) copy(s, j);
+        }
+    }
+
+    // Where the tokens of slot j of a stage are, once they are there.
+    __device__ __forceinline__ uint32_t wait(uint32_t stage, uint32_t j) const {
+        wait_for_barrier(filled(stage, j), stage / kStages % 2);
+        return memory_ + index(stage, j) * kBytes;
+    }
+
+    // This warp has read that slot. The thread that copies refills it when all have, which is soon.
+    __device__ __forceinline__ void release(uint32_t stage, uint32_t j) {
+        if (threadIdx.x % 32 == 0) arrive_at_barrier(filled(stage, j) + 8);
+        if (threadIdx.x == 0 && stage + kStages < share_.count()) {
+            wait_for_barrier(filled(stage, j) + 8, stage / kStages % 2);
+            copy(stage + kStages, j);
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void release_before(uint32_t stage, uint32_t j) {
+        if (j > 0) {
+            release(stage, j - 1);
+        } else if (stage > 0) {
+            release(stage - 1, kOfStage - 1);
+        }
+    }
+
+  private:
+    static __device__ __forceinline__ uint32_t index(uint32_t stage, uint32_t j) {
+        return stage % kStages * kOfStage + j;
+    }
+
+    // The barrier at which a slot's copy completes; 8 bytes on is that of its readers.
+    __device__ __forceinline__ uint32_t filled(uint32_t stage, uint32_t j) const {
+        return barriers_ + index(stage, j) * 16;
+    }
+
+    __device__ __forceinline__ void copy(uint32_t stage, uint32_t j) {
+        expect_bytes(filled(stage, j), kBytes);
+        copy_bulk_async(memory_ + index(stage, j) * kBytes, from_, kBytes, filled(stage, j));
+        from_ += kBytes;
+        if (j == kOfStage - 1 && walk_.next(share_)) begin_tile();
+    }
+
+    __device__ __forceinline__ void begin_tile() {
+        const int64_t stage = int64_t(walk_.tile % token_tiles_of<kTuning>(p_)) * share_.of_tile + walk_.stage;
+        from_ = static_cast<const char*>(p_.workspace) + stage * kOfStage * kBytes;
+    }
+
+    const uint32_t memory_, barriers_;
+    const Gemm4bit& p_;
+    const WgmmaShare& share_;
+    WgmmaWalk walk_;  // what is copied next
+    const char* from_;
+};
+
+// Four sums of a lane: rows line and line + 8 of a warp's tile of 16, tokens 2 * quad and the one after of eight.
+// Lanes trade them for four rows of one token.
+template <class T>
+class WgmmaResults {
+  public:
+    __device__ WgmmaResults(const Gemm4bit& p, int first_row) : p_(p), row_(first_row + threadIdx.x % 4 * 4) {
+        const T* const bias = static_cast<const T*>(p.bias);
+        const int above = first_row + row_of_line(threadIdx.x % 32 / 4), below = above + 2;
+        above_ = bias != nullptr && above < p.N ? to_float(bias[above]) : 0.0f;
+        below_ = bias != nullptr && below < p.N ? to_float(bias[below]) : 0.0f;
+        whole_ = p.N % 4 == 0 && reinterpret_cast<uintptr_t>(p.out) % 8 == 0;
+    }
+
+    __device__ __forceinline__ void write(int first_token, const float* sums) const {
+        union {
+            uint2 bits;
+            Pack<T, 4> pack;
+        } four;
+        four.bits.x = transposed(pair_of<T>(sums[0] + above_, sums[1] + above_));
+        four.bits.y = transposed(pair_of<T>(sums[2] + below_, sums[3] + below_));
+        const int token = first_token + threadIdx.x % 32 / 4;
+        if (token >= p_.M || row_ >= p_.N) return;
+        T* const out = static_cast<T*>(p_.out) + int64_t(token) * p_.N + row_;
+        if (whole_) {
+            *reinterpret_cast<uint2*>(out) = four.bits;
         } else {
-            scales_[kSet][0] = scale_above;
-            scales_[kSet][1] = scale_below;
-        }
-    }
-
-    template <int kSet>
-    __device__ __forceinline__ void multiply(int tile, uint32_t tokens) {
-        const uint64_t matrix = matrix_descriptor(tokens, 128, 1024);
-        begin_products();
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if constexpr (t.scaled_operands) {
-                multiply_tokens<T, t.tokens>(sums_[tile], a_[kSet] + 4 * j, matrix + (j * 256 >> 4), true);
-            } else {
-                multiply_tokens<T, t.tokens>(block_, a_[kSet] + 4 * j, matrix + (j * 256 >> 4), j > 0);
-            }
-        }
-        commit_products();
-    }
-
-    // After the products of that set are there.
-    template <int kSet>
-    __device__ __forceinline__ void add(int tile) {
-        if constexpr (!t.scaled_operands) {
-            float (&sums)[t.tokens / 2] = sums_[tile];
-#pragma unroll
-            for (int i = 0; i < t.tokens / 2; ++i) {
-                sums[i] = fmaf(scales_[kSet][i / 2 % 2], block_[i], sums[i]);
-            }
-        }
-    }
-
-    // The sums as [tokens, rows], each row of them sums_stride long.
-    __device__ __forceinline__ void store(float* to) const {
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int r = 0; r < t.row_tiles; ++r) {
-#pragma unroll
-            for (int i = 0; i < t.tokens / 2; ++i) {
-                const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-                to[token * kShared.sums_stride + row_of_tile<kTuning>(r) + lane / 4 + i / 2 % 2 * 8] = sums_[r][i];
+            for (int j = 0; j < 4; ++j) {
+                if (row_ + j < p_.N) out[j] = four.pack.values[j];
             }
         }
     }
 
   private:
-    uint32_t line_;  // of this lane's first eight bytes in a tile
-    uint32_t a_[2][16];
-    float scales_[2][2];
-    float sums_[t.row_tiles][t.tokens / 2] = {};
-    float block_[t.scaled_operands ? 1 : t.tokens / 2] = {};
+    const Gemm4bit& p_;
+    const int row_;
+    float above_, below_;
+    bool whole_;
 };
 
-// Add up what the CTAs of the cluster hold and write it out; each takes its share of the tokens' runs of eight rows.
-template <class T, bool kNested, int kTuning>
-__device__ void write_sums(const Gemm4bit& p, const WgmmaPlace& place, const float* sums, int rank, int cluster) {
+// Where a lane's sums of a tile lie that CTAs share, four together. A CTA has two such tiles at most: its last one,
+// with which it begins, and its first.
+template <int kTuning>
+__device__ __forceinline__ float4* part_of(const WgmmaSplit& split, int cta, bool last_tile, int warp) {
     constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
-    constexpr WgmmaShared kShared(t, kNested);
-    constexpr int kRuns = t.rows() / 8;
-    const bool whole = p.N % 8 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-    const int tokens = min(t.tokens, p.M - place.token_tile * t.tokens);
-    for (int i = rank * t.threads() + threadIdx.x; i < tokens * kRuns; i += cluster * t.threads()) {
-        const int row = place.first_row + i % kRuns * 8;
-        if (row >= p.N) continue;
-        const float* mine = sums + i / kRuns * kShared.sums_stride + i % kRuns * 8;
-        float sum[8] = {};
-        for (int peer = 0; peer < cluster; ++peer) {
-            float part[8];
-            read_8_of_peer(part, mine, peer);
+    const int64_t part = (int64_t(cta) * 2 + !last_tile) * (t.threads() / 32) + warp;
+    return static_cast<float4*>(split.parts) + part * (t.tokens / 8 * 32) + threadIdx.x % 32;
+}
+
+template <class T, int kTuning>
+__device__ __forceinline__ void multiply_unit(
+    float (&sums)[kWgmmaTunings[kTuning].tokens / 2], const uint32_t (&a)[16], uint32_t tokens) {
+    const MatrixInShared matrix(tokens, 128, 1024);
+    begin_products();
 #pragma unroll
-            for (int j = 0; j < 8; ++j) sum[j] += part[j];
-        }
-        T* out = static_cast<T*>(p.out) + (int64_t(place.token_tile) * t.tokens + i / kRuns) * p.N + row;
-        Pack<T, 8> pack;
+    for (int j = 0; j < 4; ++j) {
+        multiply_tokens<T, kWgmmaTunings[kTuning].tokens>(sums, a + 4 * j, matrix.at(j * 256));
+    }
+    commit_products();
+}
+
+// A tile's sums are there: write them out, or leave them to be added to others'.
+template <class T, int kTuning>
+__device__ __forceinline__ void end_tile(
+    const Gemm4bit& p, const WgmmaSplit& split, const WgmmaShare& share, const WgmmaWalk& at,
+    float (&sums)[kWgmmaTunings[kTuning].tokens / 2]) {
+    constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
+    products_are_there(sums);
+    if (at.stage > 0 || at.end < share.of_tile) {
+        const bool last_tile = (share.end - 1) / share.of_tile == at.tile;
+        float4* to = part_of<kTuning>(split, blockIdx.x, last_tile, threadIdx.x / 32);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            if (p.bias != nullptr && row + j < p.N) sum[j] += to_float(static_cast<const T*>(p.bias)[row + j]);
-            pack.values[j] = round_to<T>(sum[j]);
+        for (int i = 0; i < t.tokens / 2; i += 4, to += 32) {
+            __stcg(to, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
         }
-        if (whole) {
-            store_pack<T, 8>(out, pack);
-        } else {
+        return;
+    }
+    const int token_tiles = token_tiles_of<kTuning>(p);
+    const WgmmaResults<T> results(p, at.tile / token_tiles * t.rows() + threadIdx.x / 32 * 16);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                if (row + j < p.N) out[j] = pack.values[j];
-            }
-        }
+    for (int i = 0; i < t.tokens / 2; i += 4) results.write(at.tile % token_tiles * t.tokens + i * 2, sums + i);
+}
+
+#endif  // sm_90a
+
+constexpr int kArrangeThreads = 128;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Ask for what the CTAs of the product begin with to be brought into L2, which stays coherent: lines of 128 bytes, one
+// of each row.
+template <int kTuning>
+__device__ __forceinline__ void prefetch_first_weights(const Gemm4bit& p, const WgmmaSplit& split) {
+    constexpr int kRows = kWgmmaTunings[kTuning].rows();
+    const int ctas = (split.all + split.each - 1) / split.each, step = gridDim.x * gridDim.y * kArrangeThreads;
+    int i = (blockIdx.y * gridDim.x + blockIdx.x) * kArrangeThreads + threadIdx.x;
+    for (; i < ctas * kRows; i += step) {
+        const WgmmaWalk walk(WgmmaShare(p, split, i / kRows));
+        const int row = walk.tile / token_tiles_of<kTuning>(p) * kRows + i % kRows;
+        if (row < p.N) prefetch_line_to_l2(p.packed + (int64_t(row) * p.K + walk.stage * kMmaK) / 2);
     }
 }
 
 #endif  // sm_90a
 
-// Tokens in the order that the products want them: for each tile of tokens and block of 64 k, groups of eight tokens,
-// in each eight cores of 8 k; outside of [M, K] there are zeros. A thread takes half of a token's block.
-template <int kTokens>
-__global__ void __launch_bounds__(256)
-    arrange_tokens_kernel(const uint4* A, uint4* arranged, int M, int K, int64_t count) {
-#if __CUDA_ARCH__ >= 900
-    wait_for_predecessor();
-    const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
-    if (i >= count) return;
+// Tokens in the order that the products want them: for each tile of tokens and unit of 64 k, groups of eight tokens, in
+// each eight cores of 8 k; outside of [M, K] there are zeros. A thread takes half of a token's unit. Row y of the grid
+// is a tile of tokens.
+template <int kTuning>
+__global__ void __launch_bounds__(kArrangeThreads)
+    arrange_tokens_kernel(const __grid_constant__ Gemm4bit p, const __grid_constant__ WgmmaSplit split, int64_t units) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    constexpr int kTokens = kWgmmaTunings[kTuning].tokens;
+    const int64_t i = int64_t(blockIdx.x) * kArrangeThreads + threadIdx.x;
+    const int64_t unit = i / (2 * kTokens);
     const int within = static_cast<int>(i % 8), half = static_cast<int>(i / 8 % 2);
     const int group = static_cast<int>(i / 16 % (kTokens / 8));
-    const int64_t rest = i / 16 / (kTokens / 8);
-    const int blocks = (K + kMmaK - 1) / kMmaK * kMmaBlocks;
-    const int block = static_cast<int>(rest % blocks);
-    const int64_t token = rest / blocks * kTokens + group * 8 + within;
+    const int64_t token = int64_t(blockIdx.y) * kTokens + group * 8 + within;
+    const int64_t k = unit / 2 * 128 + unit % 2 * 16 + half * 8;  // of lane 0 of a quad; 32 further for each other
+    const uint4* from = static_cast<const uint4*>(p.A) + (token * p.K + k) / 8;
+    uint4* to = static_cast<uint4*>(p.workspace) +
+                (((blockIdx.y * units + unit) * (kTokens / 8) + group) * 8 + half * 4) * 8 + within;
+    prefetch_first_weights<kTuning>(p, split);
+    wait_for_predecessor();
+    let_successor_start();
+    if (unit >= units) return;
     uint4 pieces[4] = {};
-    if (token < M && block * 64 < K) {
-        const uint4* from = A + (token * K + block * 64) / 8 + half;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) pieces[j] = __ldg(from + 2 * j);
+    for (int j = 0; j < 4; ++j) {
+        if (token < p.M && k + j * 32 < p.K) pieces[j] = __ldg(from + j * 4);
     }
-    // Piece j holds pairs of k of lane j of a quad: one for each of four cores.
-    uint4* to = arranged + ((rest * (kTokens / 8) + group) * 8 + half * 4) * 8 + within;
+    // A piece is pairs of k: one for each of four cores.
     to[0] = make_uint4(pieces[0].x, pieces[1].x, pieces[2].x, pieces[3].x);
     to[8] = make_uint4(pieces[0].y, pieces[1].y, pieces[2].y, pieces[3].y);
     to[16] = make_uint4(pieces[0].z, pieces[1].z, pieces[2].z, pieces[3].z);
@@ -437,93 +401,107 @@ __global__ void __launch_bounds__(256)
 
 template <class T, bool kNested, int kTuning>
 __global__ void __launch_bounds__(kWgmmaTunings[kTuning].threads(), 1)
-    gemm_4bit_wgmma_kernel(const __grid_constant__ Gemm4bit p) {
+    gemm_4bit_wgmma_kernel(const __grid_constant__ Gemm4bit p, const __grid_constant__ WgmmaSplit split) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
     constexpr WgmmaShared kShared(t, kNested);
-    static_assert(t.tokens * kShared.sums_stride * 4 <= kShared.tokens + kShared.weights, "the sums have room");
-    using Weights = WgmmaWeights<kNested, kTuning>;
     const uint32_t memory = shared_address(mma_shared) + kShared.table;
-    float* const sums = reinterpret_cast<float*>(mma_shared + kShared.table);
     float* const scale_code = reinterpret_cast<float*>(mma_shared + kShared.scale_code_at());
-    const int rank = rank_in_cluster(), cluster = size_of_cluster();
 
-    const WgmmaPlace place = WgmmaPlace::of<kTuning>(p, rank, cluster);
-    WgmmaTokens<kTuning> tokens(p, place, memory, memory + kShared.tokens + kShared.weights);
-    Weights weights(p, place, memory + kShared.tokens);
+    const WgmmaShare share(p, split, blockIdx.x);
+    WgmmaTokens<kTuning> tokens(p, share, memory, memory + kShared.tokens);
+    WgmmaWeights<T, kNested, kTuning> weights(p, share);
     PairTable<T, WgmmaShared::kTableStride> table;
     if (threadIdx.x == 0) tokens.prepare();
-    typename Weights::Nested nested[t.stages];
-#pragma unroll
-    for (int s = 0; s < t.stages; ++s) weights.start(nested[s]);
-    weights.prefetch();
-    if (p.code == nullptr) {
-        table.fill([&](int i) { return p.values[i]; });
-    } else {
-        table.fill([&](int i) { return __ldg(p.code + i); });
-    }
     float offset = 0.0f;
     if constexpr (kNested) {
         for (int i = threadIdx.x; i < 256; i += t.threads()) scale_code[i] = __ldg(p.scales.code + i);
         offset = __ldg(p.scales.offset);
     }
+    weights.template load<0>(true);
+    weights.template load<1>(true);
+    if (p.code == nullptr) {
+        table.fill([&](int i) { return p.values[i]; });
+    } else {
+        table.fill([&](int i) { return __ldg(p.code + i); });
+    }
     wait_for_predecessor();
     __syncthreads();
     if (threadIdx.x == 0) tokens.fill_first();
-    uint32_t stage = weights.first(), started = stage;
-#pragma unroll
-    for (int s = 0; s < t.stages; ++s) {
-        weights.finish(started, nested[s], scale_code, offset);
-        started = weights.after(started);
-    }
-    wait_for_copies<t.stages - 1>();
-    __syncwarp();
 
-    constexpr int kUnits = kMmaBlocks * t.row_tiles;
-    WgmmaUnits<T, kNested, kTuning> units;
-    units.template decode<0>(0, 0, stage, table);
-    const uint32_t stages = place.stages;
-    for (uint32_t s = 0; s < stages; ++s) {
-        uint32_t held = 0;
-        unroll<kUnits>([&](auto unit) {
-            constexpr int u = decltype(unit)::value, tile = u % t.row_tiles, block = u / t.row_tiles;
-            constexpr int within = block % t.token_blocks;
-            const uint32_t slot = s * tokens.kOfStage + block / t.token_blocks;
-            if (tile == 0 && within == 0) held = tokens.wait(slot);
-            units.template multiply<u % 2>(tile, held + within * t.tokens * 128);
-            if (t.scaled_operands) wait_for_products<1>();  // those of the unit before
-            if (tile == 0 && within == 0 && slot > 0) tokens.release(slot - 1);
-            if constexpr (u + 1 < kUnits) {
-                units.template decode<(u + 1) % 2>((u + 1) % t.row_tiles, (u + 1) / t.row_tiles, stage, table);
-            } else if (s + 1 < stages) {
-                if (s > 0) weights.finish(started, nested[0], scale_code, offset);
-                wait_for_copies<t.stages - 2>();
-                __syncwarp();
-                started = weights.start(nested[0]);
-                stage = weights.after(stage);
-                units.template decode<0>(0, 0, stage, table);
-            }
-            if (!t.scaled_operands) {
-                wait_for_products<0>();
-                units.template add<u % 2>(tile);
-            }
-        });
+    uint32_t a[2][16];
+    float sums[t.tokens / 2];
+    weights.template decode<0>(a[0], table, scale_code, offset);
+    const uint32_t stages = share.count();
+    uint32_t s = 0;
+    for (WgmmaWalk at(share); s < stages; at.next_tile(share)) {
+#pragma unroll
+        for (int i = 0; i < t.tokens / 2; ++i) sums[i] = 0.0f;
+        for (const uint32_t end = s + (at.end - at.stage); s < end; ++s) {
+            uint32_t held = 0;
+            unroll<kMmaBlocks>([&](auto unit) {
+                constexpr int u = decltype(unit)::value, slot = u / t.token_blocks, within = u % t.token_blocks;
+                if (within == 0) held = tokens.wait(s, slot);
+                multiply_unit<T, kTuning>(sums, a[u % 2], held + within * t.tokens * 128);
+                wait_for_products<1>();  // those of the unit before
+                if (within == 0) tokens.release_before(s, slot);
+                if (u + 1 < kMmaBlocks || s + 1 < stages) {
+                    weights.template decode<(u + 1) % kMmaBlocks>(a[(u + 1) % 2], table, scale_code, offset);
+                }
+                if (u == 0) weights.template load<0>(s + 1 < stages);
+                if (u == 2) weights.template load<1>(s + 1 < stages);
+            });
+        }
+        wait_for_products<0>();
+        if (s == stages) let_successor_start();
+        end_tile<T, kTuning>(p, split, share, at, sums);
     }
-    wait_for_products<0>();
-    wait_for_copies<0>();
-    __syncthreads();
-    units.store(sums);
-    if (cluster > 1) {
-        arrive_at_cluster();
-        wait_for_cluster();
-    } else {
-        __syncthreads();
+#endif
+}
+
+constexpr int kFinishThreads = 256, kFinishQuads = 2;  // of a lane, four sums each
+
+// Add up what CTAs left of the tiles they share. Row y of the grid is a tile or, where there are more tiles, the border
+// between two CTAs; the first in a tile stands for the tile. A warp takes a few of the sums that a warp left.
+template <class T, int kTuning>
+__global__ void __launch_bounds__(kFinishThreads)
+    gemm_4bit_wgmma_finish_kernel(const __grid_constant__ Gemm4bit p, const __grid_constant__ WgmmaSplit split) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
+    constexpr int kWarps = t.threads() / 32, kQuads = t.tokens / 8, kParts = kQuads / kFinishQuads;
+    const int of_tile = (p.K + kMmaK - 1) / kMmaK;
+    const bool all_tiles = gridDim.y * of_tile == split.all;
+    const int border = static_cast<int>(blockIdx.y + 1) * split.each;
+    const int tile = all_tiles ? static_cast<int>(blockIdx.y) : border / of_tile;
+    const int begin = tile * of_tile, end = begin + of_tile;
+    const int first_cta = begin / split.each, last_cta = (end - 1) / split.each;
+    const int index = static_cast<int>(blockIdx.x) * (kFinishThreads / 32) + threadIdx.x / 32;
+    const int quad = index % kParts * kFinishQuads, warp = index / kParts;
+    const int token_tiles = token_tiles_of<kTuning>(p);
+    const int first_row = tile / token_tiles * t.rows() + warp * 16;
+    const int first_token = tile % token_tiles * t.tokens + quad * 8;
+    wait_for_predecessor();
+    let_successor_start();
+    const bool first_border = border > begin && border - split.each <= begin;
+    const bool shared = all_tiles ? first_cta < last_cta : first_border;
+    if (!shared || warp >= kWarps || first_row >= p.N || first_token >= p.M) return;
+    float sums[kFinishQuads][4] = {};
+#pragma unroll 4
+    for (int cta = first_cta; cta <= last_cta; ++cta) {
+        const bool last_tile = (min((cta + 1) * split.each, split.all) - 1) / of_tile == tile;
+        const float4* from = part_of<kTuning>(split, cta, last_tile, warp) + quad * 32;
+#pragma unroll
+        for (int q = 0; q < kFinishQuads; ++q) {
+            const float4 part = __ldcg(from + q * 32);
+            sums[q][0] += part.x;
+            sums[q][1] += part.y;
+            sums[q][2] += part.z;
+            sums[q][3] += part.w;
+        }
     }
-    write_sums<T, kNested, kTuning>(p, place, sums, rank, cluster);
-    if (cluster > 1) {  // no CTA may end while another reads its memory
-        arrive_at_cluster();
-        wait_for_cluster();
-    }
+    const WgmmaResults<T> results(p, first_row);
+#pragma unroll
+    for (int q = 0; q < kFinishQuads; ++q) results.write(first_token + q * 8, sums[q]);
 #endif
 }
 

@@ -11,11 +11,21 @@ namespace bnb {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // A matrix in shared memory whose rows are short runs of k: eight rows of 16 bytes lie together, `k_stride` bytes from
-// such a core to the next along k, `row_stride` bytes to that of the next eight rows. In a cluster an address also says
-// whose memory it is, which has no place in a descriptor.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t k_stride, uint32_t row_stride) {
-    return uint64_t((address & 0x3ffff) >> 4) | uint64_t(k_stride >> 4) << 16 | uint64_t(row_stride >> 4) << 32;
-}
+// such a core to the next along k, `row_stride` bytes to that of the next eight rows.
+class MatrixInShared {
+  public:
+    __device__ __forceinline__ MatrixInShared(uint32_t address, uint32_t k_stride, uint32_t row_stride)
+        : low_(address >> 4 | k_stride >> 4 << 16),
+          high_(row_stride >> 4) {}
+
+    // The descriptor of the matrix so many bytes on.
+    __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
+        return uint64_t(high_) << 32 | (low_ + (bytes >> 4));
+    }
+
+  private:
+    uint32_t low_, high_;
+};
 
 // The registers that a product reads and adds to have been written.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -24,6 +34,19 @@ __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_g
 template <int kPending>
 __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from using the results of products before they have been waited for.
+template <int kCount>
+__device__ __forceinline__ void products_are_there(float (&d)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Lane (g, t) gives two values of row g of an 8 x 8 matrix and gets two of column g.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(pair));
+    return pair;
 }
 
 #define BNB_LIST_4 "%0, %1, %2, %3"
@@ -41,42 +64,54 @@ __device__ __forceinline__ void wait_for_products() {
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+#define BNB_LIST_128                                                                               \
+    BNB_LIST_64                                                                                    \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
 #define BNB_OUT_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define BNB_OUT_8(i) BNB_OUT_4(i), BNB_OUT_4(i + 4)
 #define BNB_OUT_16(i) BNB_OUT_8(i), BNB_OUT_8(i + 8)
 #define BNB_OUT_32(i) BNB_OUT_16(i), BNB_OUT_16(i + 16)
 #define BNB_OUT_64(i) BNB_OUT_32(i), BNB_OUT_32(i + 32)
+#define BNB_OUT_128(i) BNB_OUT_64(i), BNB_OUT_64(i + 64)
 
 // One instruction; its operands are numbered after the outputs.
-#define BNB_WGMMA(tokens, types, outputs, a0, a1, a2, a3, b, keep)                                    \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #keep                                           \
-                 ", 0;\n"                                                                             \
-                 "wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." types " {" BNB_LIST_##outputs \
-                 "}, "                                                                                \
-                 "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, 0;\n}"                  \
-                 : BNB_OUT_##outputs(0)                                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix), "r"(int(add)))
+#define BNB_WGMMA(tokens, types, outputs, a0, a1, a2, a3, b)                                 \
+    asm volatile(                                                                            \
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                           \
+        "wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." types " {" BNB_LIST_##outputs \
+        "}, "                                                                                \
+        "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, 0;\n}"                  \
+        : BNB_OUT_##outputs(0)                                                               \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(matrix))
 
-// d (64 rows, kTokens columns, half of them a thread's) is a times the matrix, plus d if wanted.
+// d (64 rows, kTokens columns, half of them a thread's) is increased by a times the matrix.
 template <class T, int kTokens>
-__device__ __forceinline__ void multiply_tokens(float (&d)[kTokens / 2], const uint32_t* a, uint64_t matrix, bool add) {
+__device__ __forceinline__ void multiply_tokens(float (&d)[kTokens / 2], const uint32_t* a, uint64_t matrix) {
     constexpr bool kBrain = std::is_same_v<T, BFloat16>;
     if constexpr (kTokens == 16 && kBrain) {
-        BNB_WGMMA(16, "bf16.bf16", 8, 8, 9, 10, 11, 12, 13);
+        BNB_WGMMA(16, "bf16.bf16", 8, 8, 9, 10, 11, 12);
     } else if constexpr (kTokens == 16) {
-        BNB_WGMMA(16, "f16.f16", 8, 8, 9, 10, 11, 12, 13);
+        BNB_WGMMA(16, "f16.f16", 8, 8, 9, 10, 11, 12);
     } else if constexpr (kTokens == 32 && kBrain) {
-        BNB_WGMMA(32, "bf16.bf16", 16, 16, 17, 18, 19, 20, 21);
+        BNB_WGMMA(32, "bf16.bf16", 16, 16, 17, 18, 19, 20);
     } else if constexpr (kTokens == 32) {
-        BNB_WGMMA(32, "f16.f16", 16, 16, 17, 18, 19, 20, 21);
+        BNB_WGMMA(32, "f16.f16", 16, 16, 17, 18, 19, 20);
     } else if constexpr (kTokens == 64 && kBrain) {
-        BNB_WGMMA(64, "bf16.bf16", 32, 32, 33, 34, 35, 36, 37);
+        BNB_WGMMA(64, "bf16.bf16", 32, 32, 33, 34, 35, 36);
     } else if constexpr (kTokens == 64) {
-        BNB_WGMMA(64, "f16.f16", 32, 32, 33, 34, 35, 36, 37);
+        BNB_WGMMA(64, "f16.f16", 32, 32, 33, 34, 35, 36);
     } else if constexpr (kTokens == 128 && kBrain) {
-        BNB_WGMMA(128, "bf16.bf16", 64, 64, 65, 66, 67, 68, 69);
+        BNB_WGMMA(128, "bf16.bf16", 64, 64, 65, 66, 67, 68);
     } else if constexpr (kTokens == 128) {
-        BNB_WGMMA(128, "f16.f16", 64, 64, 65, 66, 67, 68, 69);
+        BNB_WGMMA(128, "f16.f16", 64, 64, 65, 66, 67, 68);
+    } else if constexpr (kTokens == 256 && kBrain) {
+        BNB_WGMMA(256, "bf16.bf16", 128, 128, 129, 130, 131, 132);
+    } else if constexpr (kTokens == 256) {
+        BNB_WGMMA(256, "f16.f16", 128, 128, 129, 130, 131, 132);
     } else {
         static_assert(kTokens == 16, "a number of tokens that an instruction takes");
     }

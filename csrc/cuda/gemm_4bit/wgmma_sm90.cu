@@ -12,90 +12,69 @@ namespace bnb {
 namespace {
 
 constexpr int kCapability = 90;
-constexpr int kMostInCluster = 8;
-constexpr int kKnownDevices = 64;
 
-// How many clusters of each size the device holds at once, a byte each: processors lie in groups of uneven size.
-uint64_t count_clusters(const void* kernel, cudaLaunchConfig_t config) {
-    cudaLaunchAttribute attribute = cluster_of(1);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    uint64_t counts = 0;
-    for (int size = 1; size <= kMostInCluster; ++size) {
-        attribute = cluster_of(size);
-        config.gridDim = dim3(size);
-        int count = 0;
-        check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
-        counts |= uint64_t(std::min(count, 255)) << 8 * (size - 1);
-    }
-    return counts;
-}
-
-// CTAs that share out K: those that let the last of them end soonest.
-int best_cluster(uint64_t counts, int64_t tiles, int stages) {
-    constexpr float kOverhead = 1.5f, kSharing = 0.7f;  // in stages: of a CTA, and of adding up
-    int best = 1;
-    float least = 0.0f;
-    for (int size = 1; size <= std::min(kMostInCluster, stages); ++size) {
-        const int64_t held = counts >> 8 * (size - 1) & 255;
-        if (held == 0) continue;
-        const float turns = static_cast<float>((tiles + held - 1) / held);
-        const float cost = turns * (static_cast<float>((stages + size - 1) / size) + kOverhead) + (size > 1) * kSharing;
-        if (size == 1 || cost < least) {
-            best = size;
-            least = cost;
-        }
-    }
-    return best;
-}
-
-template <int kTokens>
-void arrange_tokens(const Gemm4bit& problem, int64_t bytes, cudaStream_t stream) {
-    constexpr int kThreads = 256, kBytes = 64;  // of a thread
-    const int64_t count = bytes / kBytes;
+// Start a kernel before its predecessor has ended; it waits itself. `allowed` remembers the devices that were asked for
+// the shared memory.
+template <class... Parameters, class... Arguments>
+void launch_early(
+    void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int device, std::atomic<uint64_t>& allowed,
+    cudaStream_t stream, const char* name, const Arguments&... arguments) {
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes, device, allowed);
     cudaLaunchAttribute attribute = programmatic_launch();
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(grid_size((count + kThreads - 1) / kThreads));
-    config.blockDim = dim3(kThreads);
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    const auto kernel = arrange_tokens_kernel<kTokens>;
-    check(
-        cudaLaunchKernelEx(
-            &config, kernel, static_cast<const uint4*>(problem.A), static_cast<uint4*>(problem.arranged), problem.M,
-            problem.K, count),
-        "arrange_tokens_kernel");
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+// The kernels before and after the product ask for shared memory that they do not need: or their CTAs would crowd on
+// the few multiprocessors that are idle when they start, instead of waiting for all, and would make a multiprocessor
+// change how it divides its memory.
+constexpr int kSpread = 64 * 1024, kSpreadMore = 24 * 1024;
+
+template <int kTuning>
+void arrange_tokens(
+    const Gemm4bit& problem, const WgmmaWorkspace& room, const WgmmaSplit& split, int device, cudaStream_t stream) {
+    constexpr int kTokens = kWgmmaTunings[kTuning].tokens;
+    static std::atomic<uint64_t> allowed{0};
+    const int64_t units = room.of_tile * kMmaBlocks;
+    const int64_t ctas = std::max((units * 2 * kTokens + kArrangeThreads - 1) / kArrangeThreads, room.ctas);
+    launch_early(
+        arrange_tokens_kernel<kTuning>, dim3(grid_size(ctas), static_cast<unsigned>(room.token_tiles)), kArrangeThreads,
+        kSpread, device, allowed, stream, "arrange_tokens_kernel", problem, split, units);
+}
+
+template <class T, int kTuning>
+void finish(
+    const Gemm4bit& problem, const WgmmaWorkspace& room, const WgmmaSplit& split, int device, cudaStream_t stream) {
+    constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
+    static std::atomic<uint64_t> allowed{0};
+    constexpr int kWarps = t.rows() / 16 * (t.tokens / 8 / kFinishQuads), kCtas = kWarps * 32 / kFinishThreads;
+    static_assert(kCtas * kFinishThreads == kWarps * 32 && t.tokens / 8 % kFinishQuads == 0, "warps fill CTAs");
+    const auto tiles = static_cast<unsigned>(std::min(room.stages / room.of_tile, room.ctas - 1));
+    launch_early(
+        gemm_4bit_wgmma_finish_kernel<T, kTuning>, dim3(kCtas, tiles), kFinishThreads, kSpreadMore, device, allowed,
+        stream, "gemm_4bit_wgmma_finish_kernel", problem, split);
 }
 
 template <class T, bool kNested, int kTuning>
 void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) {
     constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
-    static std::atomic<uint64_t> allowed{0}, clusters[kKnownDevices];
-    const auto kernel = gemm_4bit_wgmma_kernel<T, kNested, kTuning>;
-    const auto address = reinterpret_cast<const void*>(kernel);
-    constexpr int kBytes = WgmmaShared(t, kNested).bytes();
-    allow_shared_memory(address, kBytes, device.ordinal, allowed);
-
-    cudaLaunchAttribute attributes[2] = {programmatic_launch()};
-    cudaLaunchConfig_t config = {};
-    config.blockDim = dim3(t.threads());
-    config.dynamicSmemBytes = kBytes;
-    config.stream = stream;
-    uint64_t counts =
-        device.ordinal < kKnownDevices ? clusters[device.ordinal].load(std::memory_order_relaxed) : uint64_t(0);
-    if (counts == 0) {
-        counts = count_clusters(address, config);
-        if (device.ordinal < kKnownDevices) clusters[device.ordinal].store(counts, std::memory_order_relaxed);
-    }
-    const int64_t tiles = int64_t((problem.N + t.rows() - 1) / t.rows()) * ((problem.M + t.tokens - 1) / t.tokens);
-    const int cluster = best_cluster(counts, tiles, (problem.K + kMmaK - 1) / kMmaK);
-    attributes[1] = cluster_of(cluster);
-    config.gridDim = dim3(grid_size(tiles * cluster));
-    config.attrs = attributes;
-    config.numAttrs = cluster > 1 ? 2 : 1;
-    arrange_tokens<t.tokens>(problem, arranged_bytes(t, problem.M, problem.K), stream);
-    check(cudaLaunchKernelEx(&config, kernel, problem), "gemm_4bit_wgmma_kernel");
+    static std::atomic<uint64_t> allowed{0};
+    const WgmmaWorkspace room(t, problem.M, problem.N, problem.K, device.multiprocessors);
+    WgmmaSplit split;
+    split.each = static_cast<int>(room.each);
+    split.all = static_cast<int>(room.stages);
+    split.parts = static_cast<char*>(problem.workspace) + room.arranged;
+    arrange_tokens<kTuning>(problem, room, split, device.ordinal, stream);
+    launch_early(
+        gemm_4bit_wgmma_kernel<T, kNested, kTuning>, dim3(grid_size(room.ctas)), t.threads(),
+        WgmmaShared(t, kNested).bytes(), device.ordinal, allowed, stream, "gemm_4bit_wgmma_kernel", problem, split);
+    if (room.shares_tiles() && room.ctas > 1) finish<T, kTuning>(problem, room, split, device.ordinal, stream);
 }
 
 }  // namespace
