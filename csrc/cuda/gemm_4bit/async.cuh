@@ -1,4 +1,4 @@
-// Instructions that overlap: copies into shared memory, launches before the predecessor's end, clusters of CTAs.
+// Instructions that overlap: copies into shared memory, launches before the predecessor's end.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,6 +22,10 @@ __device__ __forceinline__ void copy_16_async(uint32_t to, const void* from, boo
 __device__ __forceinline__ void copy_4_async(uint32_t to, const void* from, bool wanted = true) {
     const int bytes = wanted ? 4 : 0;
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes));
+}
+
+__device__ __forceinline__ void copy_8_async(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from));
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
@@ -80,7 +84,7 @@ __device__ __forceinline__ void copy_bulk_async(uint32_t to, const void* from, i
 #endif
 }
 
-// ---- launches and clusters ----
+// ---- launches ----
 
 // Wait until the kernels before this one have ended and their results can be read.
 __device__ __forceinline__ void wait_for_predecessor() {
@@ -98,55 +102,14 @@ __device__ __forceinline__ void let_successor_start() {
 
 __device__ __forceinline__ void prefetch_to_l2(const void* from, int64_t bytes) {
 #if __CUDA_ARCH__ >= 900
-    constexpr int64_t kPiece = 16384;
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) return;
-    const char* at = static_cast<const char*>(from);
-    for (int64_t rest = bytes & ~int64_t(15); rest > 0; rest -= kPiece, at += kPiece) {
-        const int piece = static_cast<int>(rest < kPiece ? rest : kPiece);
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(piece));
-    }
+    const int whole = static_cast<int>(bytes) & ~15;
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || whole == 0) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(whole));
 #endif
 }
 
 __device__ __forceinline__ void prefetch_line_to_l2(const void* from) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
-
-__device__ __forceinline__ int rank_in_cluster() {
-    uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return static_cast<int>(rank);
-}
-
-__device__ __forceinline__ void arrive_at_cluster() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// Where another CTA of the cluster has what lies at `mine` here.
-__device__ __forceinline__ uint32_t address_of_peer(const float* mine, int rank) {
-    uint32_t theirs = 0;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
-#endif
-    return theirs;
-}
-
-__device__ __forceinline__ float read_of_peer(const float* mine, int rank) {
-    float value = 0.0f;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address_of_peer(mine, rank)));
-#endif
-    return value;
 }
 
 #endif  // sm_80

@@ -467,6 +467,7 @@ __global__ void __launch_bounds__(
         }
     });
     wait_for_predecessor();
+    let_successor_start();
     zero_rows_of_none<T>(p, kTransposed ? p.K : p.N);
 
     Ring ring(p, memory);

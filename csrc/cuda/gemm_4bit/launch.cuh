@@ -26,15 +26,6 @@ inline cudaLaunchAttribute programmatic_launch() {
     return attribute;
 }
 
-inline cudaLaunchAttribute cluster_of(int ctas) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = ctas;
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
-    return attribute;
-}
-
 // Call body with a number below kCount as a constant.
 template <int kCount, int kFrom = 0, class Body>
 void visit_number(int number, Body&& body) {

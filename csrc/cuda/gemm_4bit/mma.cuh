@@ -1,17 +1,19 @@
 // 4-bit weights times few tokens on tensor cores (sm_80 and later): out[m, n] = sum over k of A[m, k] * W[n, k].
 //
-// Memory bound: the packed weight is read once, everything else is small. A CTA (or a cluster of them) owns a run of
-// 16-row tiles for all of K; its warps share out K, 256 at a time, which is one 128-byte line of each packed row. A
-// line travels through the warp's own ring in shared memory, so no warp waits for another before the one reduction
-// at the end of a chunk of tiles. The order of the sums is fixed: results do not change from run to run.
+// Memory bound: the packed weight is read once, everything else is small. A CTA owns a run of 16-row tiles for all of
+// K; its warps share out K, 256 at a time, which is one 128-byte line of each packed row. A line travels through the
+// warp's own ring in shared memory, so no warp waits for another before the one reduction at the end of a chunk of
+// tiles. Until then each warp's sums lie in shared memory too, which leaves registers for the tokens. The order of the
+// sums is fixed: results do not change from run to run.
 //
 // The plain layout needs no repacking: inside 64 consecutive k, lane t of a quad takes the packed bytes 8t .. 8t + 7
 // of its row, and the tokens in the same order, k = 16t .. 16t + 15. Every byte is then one pair of operands, which a
 // table in shared memory holds, once for each lane so that no two lanes meet in a bank. The 64 products are summed
 // before they are scaled in float32: blocks are no shorter than 64.
 //
-// With programmatic launch (sm_90) the kernel starts before its predecessor has ended. Until that has, it only fills
-// its table from its own arguments and asks for weights to be moved into L2, which stays coherent.
+// With programmatic launch (sm_90) a CTA starts as soon as a multiprocessor is free. Until the kernel's predecessor has
+// ended it only asks for weights to be moved into L2, which stays coherent. Then it asks for the first of them before
+// all else: the table is filled while they are on their way.
 #pragma once
 
 #include "pair_table.cuh"
@@ -19,6 +21,14 @@
 #include "tuning.h"
 
 namespace bnb {
+
+// How the host divides the work: each CTA takes tiles_each tiles of rows, the first `more` of them one more.
+struct MmaSplit {
+    int tiles_each, more;
+    int chunk_tiles;  // between two reductions, at most
+    int groups;       // of kMmaK
+    int passes;       // groups of a warp, at most
+};
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
@@ -41,170 +51,230 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 
 // ---- what a CTA works on ----
 
-// Rows and K of this CTA, in tiles and stages.
-struct MmaShare {
+struct MmaRows {
     int first_tile, end_tile;
-    int first_group, groups;  // of kMmaK; this CTA's share of K
-    int passes;               // groups of each warp
 
-    template <int kTuning>
-    __device__ static MmaShare of(const Gemm4bit& p, int rank) {
-        constexpr MmaTuning t = kMmaTunings[kTuning];
-        const int tiles = (p.N + kMmaRows - 1) / kMmaRows;
-        const int all = (p.K + kMmaK - 1) / kMmaK;
-        const int cluster = blockIdx.x / t.cluster, clusters = gridDim.x / t.cluster;
-        const int each = (all + t.cluster - 1) / t.cluster;
-        MmaShare share;
-        share.first_tile = static_cast<int>(int64_t(tiles) * cluster / clusters);
-        share.end_tile = static_cast<int>(int64_t(tiles) * (cluster + 1) / clusters);
-        share.first_group = rank * each;
-        share.groups = max(0, min(all, share.first_group + each) - share.first_group);
-        share.passes = (each + t.warps - 1) / t.warps;
-        return share;
+    __device__ explicit MmaRows(const MmaSplit& split) {
+        const int cta = blockIdx.x;
+        first_tile = split.tiles_each * cta + min(cta, split.more);
+        end_tile = first_tile + split.tiles_each + (cta < split.more);
     }
 };
 
-// Nested scales that cannot be copied four at a time: what a lane fetches of a stage, those of row lane / 2, blocks
-// 2 * (lane % 2) and the one after.
-struct NestedScales {
-    uint8_t codes[2];
-    float absmax[2];
+// Who a thread is, held in registers: the compiler would rather read its number again and again.
+struct Lane {
+    int lane, warp;
+
+    __device__ Lane() : lane(threadIdx.x % 32), warp(__shfl_sync(~0u, threadIdx.x / 32, 0)) { asm("" : "+r"(lane)); }
+
+    __device__ int g() const { return lane / 4; }
+    __device__ int t() const { return lane % 4; }
+};
+
+// The scales of a lane's two rows, g and g + 8. Nested ones are expanded once in a quad: by lane t those of block t.
+template <bool kNested>
+struct RowScales {
+    float values[kNested ? 1 : kMmaBlocks][2];
+
+    __device__ __forceinline__ float of(int block, int half) const {
+        if constexpr (kNested) {
+            return __shfl_sync(~0u, values[0][half], block, 4);
+        } else {
+            return values[block][half];
+        }
+    }
+};
+
+// Codes of nested scales that cannot be copied four at a time: those of row lane / 2, blocks 2 * (lane % 2) and the one
+// after, from the lane that fetches them.
+struct ScaleCodes {
+    uint8_t two[2];
+};
+
+// Where a stage lies in shared memory: 16 lines, 256 bytes apart like the entries of the table, and their scales.
+struct StageSlot {
+    int lines, scales;
 };
 
 // A warp's ring: which stage comes next, and copying it. Tiles of a chunk come first, then passes over K, then chunks.
 template <bool kNested, int kTuning>
 class WeightRing {
     static constexpr MmaTuning t = kMmaTunings[kTuning];
+    static constexpr MmaShared kShared{t, kNested};
+    static constexpr int kStageSpan = kMmaRows * MmaShared::kTableStride;
+    static_assert(MmaShared::kStagesBeside % t.warps == 0 && t.warps * t.stages >= MmaShared::kStagesBeside);
 
   public:
-    __device__ WeightRing(const Gemm4bit& p, const MmaShare& share, char* memory)
+    __device__ WeightRing(const Gemm4bit& p, const MmaSplit& split, MmaRows rows, Lane at)
         : p_(p),
-          share_(share),
-          memory_(memory),
-          chunk_(share.first_tile) {
+          split_(split),
+          rows_(rows),
+          at_(at),
+          chunk_(rows.first_tile) {
         row_bytes_ = p.K / 2;
         const uintptr_t scales = reinterpret_cast<uintptr_t>(kNested ? (const void*)p.scales.codes : p.scales.absmax);
-        scales_in_vectors_ = p.block_shift == 6 && p.K % kMmaK == 0 && scales % (kNested ? 4 : 16) == 0;
+        scales_in_vectors_ = p.block_shift == 6 && p.K % kMmaK == 0 && scales % (kNested ? 4 : 8) == 0;
+        const int line = at.lane / 8, piece = at.lane % 8 * 16;
+        to_ = line * MmaShared::kTableStride + (piece ^ line * 32);  // or the reads of eight rows would meet in a bank
+        tile_blocks_ = p.K / 64 * kMmaRows;
+        const bool codes = at.lane < kMmaRows;
+        scales_from_ =
+            codes ? reinterpret_cast<const char*>(p.scales.codes) : reinterpret_cast<const char*>(p.scales.absmax);
+        to_factor_ = codes ? 0 : 8;
+        factor_shift_ = codes ? 0 : 2;
+        factor_ = scales_in_vectors_ ? at.g() : at.lane;
+        factor_below_ = scales_in_vectors_ ? 8 : 32;
+        enter_pass();
     }
 
-    // Start the copies of the next stage; returns its slot. `nested` receives what finish() needs.
-    __device__ __forceinline__ int start(NestedScales& nested) {
-        const int slot = slot_;
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        const int group = pass_ * t.warps + warp;
-        if (chunk_ < share_.end_tile && group < share_.groups) {
+    __device__ __forceinline__ StageSlot slot(int i) const {
+        constexpr int kBeside = MmaShared::kStagesBeside / t.warps;  // of this warp's
+        const int lines = i < kBeside ? (i * t.warps + at_.warp) * kStageSpan + kMmaLine
+                                      : MmaShared::kTable + at_.warp / 2 * kStageSpan + at_.warp % 2 * kMmaLine +
+                                            (i - kBeside) * (t.warps * kStageSpan / 2);
+        return {lines, kShared.scales_at() + (at_.warp * t.stages + i) * kShared.stage_scales};
+    }
+
+    // Start the copies of the next stage into a slot. `fetched` is for finish().
+    __device__ __forceinline__ void start(StageSlot slot, ScaleCodes& fetched) {
+        const uint32_t base = shared_address(mma_shared);
+        if (simple_) {
+            const uint32_t to = base + slot.lines + to_;
+#pragma unroll
+            for (int j = 0; j < kMmaRows / 4; ++j) {
+                copy_16_async(to + 4 * j * MmaShared::kTableStride, from_ + int64_t(4 * j) * row_bytes_, true);
+            }
+            if constexpr (kNested) {
+                copy_4_async(base + slot.scales + at_.lane * 4, nested_scales(block_));
+            } else {
+                copy_8_async(base + slot.scales + at_.lane * 8, p_.scales.absmax + block_);
+            }
+        } else if (live_) {
             const int row = (chunk_ + tile_) * kMmaRows;
-            const int k = (share_.first_group + group) * kMmaK;
-            copy_lines(shared_address(memory_ + slot * kStageBytes), row, k, lane);
-            copy_scales(shared_address(memory_ + slot * kStageBytes + kScalesAt), row, k, lane, nested);
+            copy_lines(base + slot.lines + to_, row);
+            copy_scales(base + slot.scales, row, fetched);
         }
         commit_copies();
-        if (++slot_ == t.stages) slot_ = 0;
-        if (++tile_ >= min(t.row_tiles, share_.end_tile - chunk_)) {
-            tile_ = 0;
-            if (++pass_ >= share_.passes) {
+        from_ += int64_t(kMmaRows) * row_bytes_;
+        block_ += tile_blocks_;
+        if (++tile_ == tiles_) {
+            if (++pass_ == split_.passes) {
                 pass_ = 0;
-                chunk_ += t.row_tiles;
+                chunk_ += split_.chunk_tiles;
+            }
+            enter_pass();
+        }
+    }
+
+    // Put codes that a lane fetched into their slot, before the warp next synchronizes.
+    __device__ __forceinline__ void finish(StageSlot slot, const ScaleCodes& fetched) const {
+        if constexpr (kNested) {
+            if (!scales_in_vectors_) reinterpret_cast<ScaleCodes*>(mma_shared + slot.scales)[at_.lane] = fetched;
+        }
+    }
+
+    // Nested: the codes lie in front, then a factor for each row, or for each block.
+    __device__ __forceinline__ RowScales<kNested> scales(StageSlot slot, const float* code, float offset) const {
+        const char* const all = mma_shared + slot.scales;
+        RowScales<kNested> scales;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = at_.g() + 8 * half;
+            if constexpr (kNested) {
+                const float value = code[reinterpret_cast<const uint8_t*>(all)[row * 4 + at_.t()]];
+                const float factor = reinterpret_cast<const float*>(all + kMmaRows * 4)[factor_ + half * factor_below_];
+                scales.values[0][half] = __fadd_rn(__fmul_rn(value, factor), offset);
+            } else {
+                const float4 four = reinterpret_cast<const float4*>(all)[row];
+                scales.values[0][half] = four.x, scales.values[1][half] = four.y;
+                scales.values[2][half] = four.z, scales.values[3][half] = four.w;
             }
         }
-        return slot;
-    }
-
-    // Expand nested scales into their slot, before the warp next synchronizes: those that a lane fetched, soon after
-    // start(), and those that were copied, once the stage has arrived.
-    __device__ __forceinline__ void finish(int slot, const NestedScales& nested, const float* code, float offset) {
-        if constexpr (kNested) {
-            if (scales_in_vectors_) return;
-            float2* to = reinterpret_cast<float2*>(memory_ + slot * kStageBytes + kScalesAt);
-            to[threadIdx.x % 32] = make_float2(
-                __fadd_rn(__fmul_rn(code[nested.codes[0]], nested.absmax[0]), offset),
-                __fadd_rn(__fmul_rn(code[nested.codes[1]], nested.absmax[1]), offset));
-        }
-    }
-
-    __device__ __forceinline__ void expand(int slot, const float* code, float offset) {
-        if constexpr (kNested) {
-            const int lane = threadIdx.x % 32;
-            if (!scales_in_vectors_ || lane >= kMmaRows) return;
-            char* const at = memory_ + slot * kStageBytes + kScalesAt + lane * 16;
-            const uint2 copied = *reinterpret_cast<const uint2*>(at);
-            const float absmax = __uint_as_float(copied.y);
-            const auto scale = [&](int i) {
-                return __fadd_rn(__fmul_rn(code[copied.x >> 8 * i & 255], absmax), offset);
-            };
-            *reinterpret_cast<float4*>(at) = make_float4(scale(0), scale(1), scale(2), scale(3));
-        }
+        return scales;
     }
 
     // Ask for the beginning of this CTA's share to be brought into L2.
-    __device__ void prefetch(int rank) const {
-        constexpr int64_t kLimit = 128 * 1024;  // of packed bytes; more would compete with what is running
-        const int rows = min(p_.N, share_.end_tile * kMmaRows) - share_.first_tile * kMmaRows;
-        const int64_t first = int64_t(share_.first_tile) * kMmaRows * p_.K;
-        const int64_t part = min(int64_t(rows) * row_bytes_ / t.cluster, kLimit) & ~int64_t(127);
-        const int64_t from = first + rank * part * 2;
-        prefetch_to_l2(p_.packed + from / 2, part);
+    __device__ void prefetch() const {
+        constexpr int64_t kLimit = 128 * 1024;  // of packed bytes; L2 holds as much for every multiprocessor twice
+        const int first_row = rows_.first_tile * kMmaRows, end_row = min(p_.N, rows_.end_tile * kMmaRows);
+        const int64_t bytes = min(int64_t(end_row - first_row) * row_bytes_, kLimit);
+        const int64_t first = int64_t(first_row) * row_bytes_;
+        const int64_t block = (2 * first) >> p_.block_shift, blocks = (2 * bytes) >> p_.block_shift;
+        prefetch_to_l2(p_.packed + first, bytes);
         if constexpr (kNested) {
-            prefetch_to_l2(p_.scales.codes + (from >> p_.block_shift), (2 * part) >> p_.block_shift);
+            prefetch_to_l2(p_.scales.codes + block, blocks);
         } else {
-            prefetch_to_l2(p_.scales.absmax + (from >> p_.block_shift), (8 * part) >> p_.block_shift);
+            prefetch_to_l2(p_.scales.absmax + block, 4 * blocks);
         }
     }
 
   private:
-    __device__ __forceinline__ void copy_lines(uint32_t to, int row, int k, int lane) const {
-        const int line = lane / 8, piece = lane % 8 * 16;
-        const bool wanted = k / 2 + piece < row_bytes_;
-        const uint8_t* from = p_.packed + int64_t(row + line) * row_bytes_ + (wanted ? k / 2 + piece : 0);
-        to += line * kLineStride + piece;
-        if (row + kMmaRows <= p_.N) {
+    // 16 lanes copy the codes of a row each, 16 its factor.
+    __device__ __forceinline__ const char* nested_scales(int64_t block) const {
+        return scales_from_ + ((block >> to_factor_) << factor_shift_);
+    }
+
+    __device__ __forceinline__ void enter_pass() {
+        tile_ = 0;
+        tiles_ = min(split_.chunk_tiles, rows_.end_tile - chunk_);
+        const int group = pass_ * t.warps + at_.warp;
+        live_ = tiles_ > 0 && group < split_.groups;
+        simple_ = live_ && scales_in_vectors_ && (chunk_ + tiles_) * kMmaRows <= p_.N;
+        k_ = group * kMmaK;
+        const int64_t row = int64_t(chunk_) * kMmaRows;
+        from_ = p_.packed + (row + at_.lane / 8) * row_bytes_ + k_ / 2 + at_.lane % 8 * 16;
+        block_ =
+            (row + (kNested ? at_.lane % 16 : at_.lane / 2)) * (p_.K / 64) + k_ / 64 + (kNested ? 0 : at_.lane % 2 * 2);
+    }
+
+    __device__ __forceinline__ void copy_lines(uint32_t to, int row) const {
+        const bool wanted = k_ / 2 + at_.lane % 8 * 16 < row_bytes_;
 #pragma unroll
-            for (int j = 0; j < kMmaRows / 4; ++j) {
-                copy_16_async(to + 4 * j * kLineStride, from + int64_t(4 * j) * row_bytes_, wanted);
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < kMmaRows / 4; ++j) {
-                const bool inside = row + line + 4 * j < p_.N;
-                const uint8_t* source = inside ? from + int64_t(4 * j) * row_bytes_ : p_.packed;
-                copy_16_async(to + 4 * j * kLineStride, source, wanted && inside);
-            }
+        for (int j = 0; j < kMmaRows / 4; ++j) {
+            const bool inside = wanted && row + at_.lane / 8 + 4 * j < p_.N;
+            const uint8_t* source = inside ? from_ + int64_t(4 * j) * row_bytes_ : p_.packed;
+            copy_16_async(to + 4 * j * MmaShared::kTableStride, source, inside);
         }
     }
 
-    __device__ __forceinline__ void copy_scales(uint32_t to, int row, int k, int lane, NestedScales& nested) const {
+    __device__ __forceinline__ void copy_scales(uint32_t to, int row, ScaleCodes& fetched) const {
         if (scales_in_vectors_) {
-            if (lane < kMmaRows) {
-                const int64_t at = int64_t(min(row + lane, p_.N - 1)) * (p_.K / 64) + k / 64;
-                if constexpr (kNested) {
-                    copy_4_async(to + lane * 16, p_.scales.codes + at);
-                    copy_4_async(to + lane * 16 + 4, p_.scales.absmax + (at >> 8));
-                } else {
-                    copy_16_async(to + lane * 16, p_.scales.absmax + at, true);
-                }
+            const int64_t block = int64_t(min(row + at_.lane % 16, p_.N - 1)) * (p_.K / 64) + k_ / 64;
+            if constexpr (kNested) {
+                copy_4_async(to + at_.lane * 4, nested_scales(block));
+            } else {
+                copy_8_async(to + at_.lane % 16 * 16 + at_.lane / 16 * 8, p_.scales.absmax + block + at_.lane / 16 * 2);
             }
             return;
         }
-        const int64_t start = int64_t(min(row + lane / 2, p_.N - 1)) * p_.K;
+        const int64_t start = int64_t(min(row + at_.lane / 2, p_.N - 1)) * p_.K;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int in_row = min(k + (lane % 2 * 2 + i) * 64, p_.K - 64);
+            const int in_row = min(k_ + (at_.lane % 2 * 2 + i) * 64, p_.K - 64);
             const int64_t block = (start + in_row) >> p_.block_shift;
             if constexpr (kNested) {
-                nested.codes[i] = __ldg(p_.scales.codes + block);
-                nested.absmax[i] = __ldg(p_.scales.absmax + (block >> 8));
+                fetched.two[i] = __ldg(p_.scales.codes + block);
+                copy_4_async(to + kMmaRows * 4 + at_.lane * 8 + i * 4, p_.scales.absmax + (block >> 8));
             } else {
-                copy_4_async(to + lane * 8 + i * 4, p_.scales.absmax + block);
+                copy_4_async(to + at_.lane * 8 + i * 4, p_.scales.absmax + block);
             }
         }
     }
 
     const Gemm4bit& p_;
-    const MmaShare share_;
-    char* const memory_;
-    int row_bytes_;
+    const MmaSplit& split_;
+    const MmaRows rows_;
+    const Lane at_;
+    int row_bytes_, tile_blocks_;
+    int to_;  // where this lane's piece of the first four lines goes
     bool scales_in_vectors_;
-    int chunk_, pass_ = 0, tile_ = 0, slot_ = 0;
+    const char* scales_from_;  // nested: the codes, or the factors
+    int to_factor_, factor_shift_;
+    int factor_, factor_below_;  // nested: where the factors of this lane's rows are in a stage
+    const uint8_t* from_;        // this lane's part of the next stage's lines,
+    int64_t block_;              // and of its scales
+    bool live_, simple_;         // the pass has work for this warp; all of it is whole tiles with scales in vectors
+    int k_, tiles_, chunk_, pass_ = 0, tile_ = 0;
 };
 
 // ---- the inner loop ----
@@ -214,163 +284,124 @@ template <int kTokenTiles>
 struct Tokens {
     uint4 halves[kTokenTiles][kMmaBlocks][2];
 
-    __device__ __forceinline__ void load(const Gemm4bit& p, int group, bool live) {
-        const int lane = threadIdx.x % 32;
+    __device__ __forceinline__ void load_block(const Gemm4bit& p, int group, Lane at, int block) {
+        const int k = group * kMmaK + block * 64 + at.t() * 16;
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-            for (int b = 0; b < kMmaBlocks; ++b) {
-                const int token = n * 8 + lane / 4;
-                const int k = group * kMmaK + b * 64 + lane % 4 * 16;
-                const bool there = live && token < p.M && k < p.K;
-                const uint16_t* row = static_cast<const uint16_t*>(p.A) + int64_t(token) * p.K + k;
-                const uint4* from = reinterpret_cast<const uint4*>(row);
-                halves[n][b][0] = there ? __ldg(from) : make_uint4(0, 0, 0, 0);
-                halves[n][b][1] = there ? __ldg(from + 1) : make_uint4(0, 0, 0, 0);
-            }
+            const int token = n * 8 + at.g();
+            const bool there = token < p.M && k < p.K;
+            const uint16_t* const row = static_cast<const uint16_t*>(p.A) + int64_t(token) * p.K;
+            const uint4* const from = reinterpret_cast<const uint4*>(row + k);
+            halves[n][block][0] = there ? __ldg(from) : make_uint4(0, 0, 0, 0);
+            halves[n][block][1] = there ? __ldg(from + 1) : make_uint4(0, 0, 0, 0);
         }
+    }
+
+    __device__ __forceinline__ void load(const Gemm4bit& p, int group, Lane at) {
+#pragma unroll
+        for (int b = 0; b < kMmaBlocks; ++b) load_block(p, group, at, b);
     }
 };
 
-// One stage: 16 rows times 256 k times the tokens, added to `sums`.
-template <class T, int kStride, int kTokenTiles>
+// One stage: 16 rows times 256 k times the tokens, added to `sums`. kTogether blocks are decoded together, so that
+// products do not wait for one another; done(b) is called once the tokens of block b are no longer needed.
+template <int kTogether, class T, int kStride, int kTokenTiles, bool kNested, class Done>
 __device__ __forceinline__ void multiply_stage(
-    const char* stage, const PairTable<T, kStride>& table, const Tokens<kTokenTiles>& tokens,
-    float (&sums)[kTokenTiles][4]) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const float4* scales = reinterpret_cast<const float4*>(stage + kScalesAt);
-    const float4 upper = scales[g], lower = scales[g + 8];
-    const float upper_scale[kMmaBlocks] = {upper.x, upper.y, upper.z, upper.w};
-    const float lower_scale[kMmaBlocks] = {lower.x, lower.y, lower.z, lower.w};
+    int lines, Lane at, const PairTable<T, kStride>& table, const RowScales<kNested>& scales,
+    const Tokens<kTokenTiles>& tokens, float (&sums)[kTokenTiles][4], Done&& done) {
+    const int first_line = lines + at.g() * kStride + at.t() * 8 + at.g() % 4 * 32;
 #pragma unroll
-    for (int b = 0; b < kMmaBlocks; ++b) {
-        const char* line = stage + g * kLineStride + b * 32 + t * 8;
-        const uint2 above = *reinterpret_cast<const uint2*>(line);
-        const uint2 below = *reinterpret_cast<const uint2*>(line + 8 * kLineStride);
-        float block[kTokenTiles][4] = {};
+    for (int first = 0; first < kMmaBlocks; first += kTogether) {
+        uint2 above[kTogether], below[kTogether];
+        float blocks[kTogether][kTokenTiles][4] = {};
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) {
+            const char* const from = mma_shared + (first_line ^ (first + u) * 32);
+            above[u] = *reinterpret_cast<const uint2*>(from);
+            below[u] = *reinterpret_cast<const uint2*>(from + 8 * kStride);
+        }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const uint32_t x = j < 2 ? above.x : above.y, y = j < 2 ? below.x : below.y;
-            const bool odd = j % 2;
-            const uint32_t a[4] = {
-                odd ? table.template look_up<2>(x) : table.template look_up<0>(x),
-                odd ? table.template look_up<2>(y) : table.template look_up<0>(y),
-                odd ? table.template look_up<3>(x) : table.template look_up<1>(x),
-                odd ? table.template look_up<3>(y) : table.template look_up<1>(y)};
 #pragma unroll
-            for (int n = 0; n < kTokenTiles; ++n) {
-                const uint4& half = tokens.halves[n][b][j / 2];
-                multiply_add<T>(block[n], a, odd ? half.z : half.x, odd ? half.w : half.y);
+            for (int u = 0; u < kTogether; ++u) {
+                const uint32_t x = j < 2 ? above[u].x : above[u].y, y = j < 2 ? below[u].x : below[u].y;
+                const bool odd = j % 2;
+                const uint32_t a[4] = {
+                    odd ? table.template look_up<2>(x) : table.template look_up<0>(x),
+                    odd ? table.template look_up<2>(y) : table.template look_up<0>(y),
+                    odd ? table.template look_up<3>(x) : table.template look_up<1>(x),
+                    odd ? table.template look_up<3>(y) : table.template look_up<1>(y)};
+#pragma unroll
+                for (int n = 0; n < kTokenTiles; ++n) {
+                    const uint4& half = tokens.halves[n][first + u][j / 2];
+                    multiply_add<T>(blocks[u][n], a, odd ? half.z : half.x, odd ? half.w : half.y);
+                }
             }
         }
 #pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-            sums[n][0] = fmaf(upper_scale[b], block[n][0], sums[n][0]);
-            sums[n][1] = fmaf(upper_scale[b], block[n][1], sums[n][1]);
-            sums[n][2] = fmaf(lower_scale[b], block[n][2], sums[n][2]);
-            sums[n][3] = fmaf(lower_scale[b], block[n][3], sums[n][3]);
+        for (int u = 0; u < kTogether; ++u) {
+            done(first + u);
+            const float upper = scales.of(first + u, 0), lower = scales.of(first + u, 1);
+#pragma unroll
+            for (int n = 0; n < kTokenTiles; ++n) {
+                sums[n][0] = fmaf(upper, blocks[u][n][0], sums[n][0]);
+                sums[n][1] = fmaf(upper, blocks[u][n][1], sums[n][1]);
+                sums[n][2] = fmaf(lower, blocks[u][n][2], sums[n][2]);
+                sums[n][3] = fmaf(lower, blocks[u][n][3], sums[n][3]);
+            }
         }
     }
 }
 
 // ---- results ----
 
-// Element i of a chunk's results: tile by tile, in each 8 tokens by 16 rows for every tile of tokens.
-template <class T, int kTokenTiles>
-__device__ __forceinline__ void store_result(const Gemm4bit& p, int first_tile, int i, float sum) {
-    const int tile = i / kMmaTileFloats, within = i % kMmaTileFloats;
-    const int row = (first_tile + tile / kTokenTiles) * kMmaRows + within % kMmaRows;
-    const int token = tile % kTokenTiles * 8 + within / kMmaRows;
+// A warp's sums of a tile lie in shared memory between those of the other warps, for each tile of tokens.
+template <int kWarps, int kTokenTiles>
+__device__ __forceinline__ void load_sums(float (&sums)[kTokenTiles][4], const float4* held) {
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+        const float4 four = held[n * kWarps * 32];
+        sums[n][0] = four.x, sums[n][1] = four.y, sums[n][2] = four.z, sums[n][3] = four.w;
+    }
+}
+
+template <int kWarps, int kTokenTiles>
+__device__ __forceinline__ void store_sums(const float (&sums)[kTokenTiles][4], float4* held) {
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+        held[n * kWarps * 32] = make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+    }
+}
+
+template <class T>
+__device__ __forceinline__ void store_result(const Gemm4bit& p, int token, int row, float sum) {
     if (token >= p.M || row >= p.N) return;
     if (p.bias != nullptr) sum += to_float(static_cast<const T*>(p.bias)[row]);
     static_cast<T*>(p.out)[int64_t(token) * p.N + row] = round_to<T>(sum);
 }
 
-// Add up the warps' sums of a chunk's tiles, a few at a time, and call body(i, sum) for each result.
-template <int kTuning, class Body>
-__device__ __forceinline__ void reduce_over_warps(
-    const float (&sums)[kMmaTunings[kTuning].row_tiles][kMmaTunings[kTuning].token_tiles][4], int tiles, float* memory,
-    Body&& body) {
+// Add up the warps' sums of a chunk and store them.
+template <class T, int kTuning>
+__device__ __forceinline__ void store_chunk(
+    const Gemm4bit& p, const float4* memory, int first_tile, int tiles, Lane at) {
     constexpr MmaTuning t = kMmaTunings[kTuning];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int unit = at.warp; unit < tiles * t.token_tiles; unit += t.warps) {
+        const int row = (first_tile + unit / t.token_tiles) * kMmaRows + at.g();
+        const int token = unit % t.token_tiles * 8 + at.t() * 2;
+        if (token >= p.M) continue;
+        const float4* const from = memory + unit * t.warps * 32 + at.lane;
+        float4 sum = from[0];
 #pragma unroll
-    for (int r = 0; r < t.row_tiles; r += kReducedTiles) {
-        if (r >= tiles) break;
-#pragma unroll
-        for (int i = r; i < r + kReducedTiles && i < t.row_tiles; ++i) {
-            if (i >= tiles) break;
-#pragma unroll
-            for (int n = 0; n < t.token_tiles; ++n) {
-                const int at = (((i - r) * t.token_tiles + n) * t.warps + warp) * 32 + lane;
-                reinterpret_cast<float4*>(memory)[at] =
-                    make_float4(sums[i][n][0], sums[i][n][1], sums[i][n][2], sums[i][n][3]);
-            }
+        for (int w = 1; w < t.warps; ++w) {
+            const float4 more = from[w * 32];
+            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
         }
-        __syncthreads();
-        const int count = min(kReducedTiles, tiles - r) * t.token_tiles * kMmaTileFloats;
-        for (int i = threadIdx.x; i < count; i += t.warps * 32) {
-            const int row = i % kMmaRows, token = i % kMmaTileFloats / kMmaRows;
-            const int holder = row % 8 * 4 + token / 2, element = row / 8 * 2 + token % 2;
-            const float* from = memory + (i / kMmaTileFloats * t.warps * 32 + holder) * 4 + element;
-            float sum = 0.0f;
-#pragma unroll
-            for (int w = 0; w < t.warps; ++w) sum += from[w * kMmaTileFloats];
-            body(r * t.token_tiles * kMmaTileFloats + i, sum);
-        }
-        __syncthreads();
+        store_result<T>(p, token, row, sum.x);
+        store_result<T>(p, token + 1, row, sum.y);
+        store_result<T>(p, token, row + 8, sum.z);
+        store_result<T>(p, token + 1, row + 8, sum.w);
     }
 }
-
-// The CTAs of a cluster add up their shares of K through one another's shared memory. That of one chunk lies open to
-// the peers while the next is computed, hence two of them.
-template <class T, int kTuning>
-class ClusterSums {
-    static constexpr MmaTuning t = kMmaTunings[kTuning];
-    static constexpr int kChunkFloats = t.row_tiles * t.token_tiles * kMmaTileFloats;
-
-  public:
-    __device__ ClusterSums(const Gemm4bit& p, const MmaShare& share, float* memory, int rank)
-        : p_(p),
-          end_tile_(share.end_tile),
-          memory_(memory),
-          rank_(rank) {}
-
-    __device__ __forceinline__ void put(int i, float sum) { memory_[turn_ * kChunkFloats + i] = sum; }
-
-    __device__ __forceinline__ void publish(int chunk) {
-        arrive_at_cluster();
-        open_chunk_ = chunk;
-        turn_ ^= 1;
-    }
-
-    // Store the results of the chunk published last, of which every CTA takes a part.
-    __device__ __forceinline__ void collect() {
-        if (open_chunk_ < 0) return;
-        wait_for_cluster();
-        const float* open = memory_ + (turn_ ^ 1) * kChunkFloats;
-        const int count = min(t.row_tiles, end_tile_ - open_chunk_) * t.token_tiles * kMmaTileFloats;
-        for (int i = rank_ * t.warps * 32 + threadIdx.x; i < count; i += t.cluster * t.warps * 32) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int peer = 0; peer < t.cluster; ++peer) sum += read_of_peer(open + i, peer);
-            store_result<T, t.token_tiles>(p_, open_chunk_, i, sum);
-        }
-    }
-
-    // No CTA may end while another reads its memory.
-    __device__ __forceinline__ void finish() {
-        collect();
-        arrive_at_cluster();
-        wait_for_cluster();
-    }
-
-  private:
-    const Gemm4bit& p_;
-    const int end_tile_;
-    float* const memory_;
-    const int rank_;
-    int turn_ = 0, open_chunk_ = -1;
-};
 
 #endif  // sm_80
 
@@ -378,74 +409,85 @@ class ClusterSums {
 
 template <class T, bool kNested, int kTuning>
 __global__ void __launch_bounds__(kMmaTunings[kTuning].warps * 32)
-    gemm_4bit_mma_kernel(const __grid_constant__ Gemm4bit p) {
+    gemm_4bit_mma_kernel(const __grid_constant__ Gemm4bit p, const __grid_constant__ MmaSplit split) {
 #if __CUDA_ARCH__ >= 800
     constexpr MmaTuning t = kMmaTunings[kTuning];
     constexpr MmaShared kShared(t, kNested);
-    char* const rings = mma_shared + kShared.table;
-    float* const reduced = reinterpret_cast<float*>(rings + kShared.rings);
-    float* const shares = reduced + kShared.reduce / 4;
-    float* const scale_code = shares + kShared.shares / 4;
-    const int warp = threadIdx.x / 32, rank = t.cluster > 1 ? rank_in_cluster() : 0;
-
-    const MmaShare share = MmaShare::of<kTuning>(p, rank);
-    char* const memory = rings + warp * t.stages * kStageBytes;
-    WeightRing<kNested, kTuning> ring(p, share, memory);
-    PairTable<T, t.table_stride> table;
-
-    if (threadIdx.x == 0) ring.prefetch(rank);
-    if (p.code == nullptr) table.fill([&](int i) { return p.values[i]; });
+    constexpr int kTogether = t.token_tiles * t.warps <= 16 ? 2 : 1;  // registers for more do not suffice
+    static_assert(t.warps * 32 >= 256, "a thread for every value of the scales' code");
+    float* const scale_code = reinterpret_cast<float*>(mma_shared + kShared.scale_code_at());
+    float4* const sums_of_warps = reinterpret_cast<float4*>(mma_shared + kShared.sums_at());
+    const Lane at;
+    const MmaRows rows(split);
+    WeightRing<kNested, kTuning> ring(p, split, rows, at);
+    PairTable<T, MmaShared::kTableStride> table(at.lane);
+    if (threadIdx.x == 0) ring.prefetch();
     wait_for_predecessor();
     let_successor_start();
 
-    NestedScales first[t.stages - 1] = {};
-#pragma unroll
-    for (int s = 0; s < t.stages - 1; ++s) ring.start(first[s]);
-    Tokens<t.token_tiles> tokens;
-    tokens.load(p, share.first_group + warp, warp < share.groups);
-    if (p.code != nullptr) table.fill([&](int i) { return __ldg(p.code + i); });
-    float offset = 0.0f;
+    // What the first stage waits for longest comes first; the weights would hold up what is asked for after them.
+    float code_value = 0.0f, offset = 0.0f;
     if constexpr (kNested) {
-        for (int i = threadIdx.x; i < 256; i += t.warps * 32) scale_code[i] = __ldg(p.scales.code + i);
+        code_value = __ldg(p.scales.code + threadIdx.x % 256);
         offset = __ldg(p.scales.offset);
     }
+    ScaleCodes first[t.stages - 1] = {};
+    ring.start(ring.slot(0), first[0]);
+    table.fill([&](int i) { return p.code != nullptr ? __ldg(p.code + i) : p.values[i]; });
+    Tokens<t.token_tiles> tokens;
+    tokens.load(p, at.warp, at);
+#pragma unroll
+    for (int s = 1; s < t.stages - 1; ++s) ring.start(ring.slot(s), first[s]);
+    if constexpr (kNested) scale_code[threadIdx.x % 256] = code_value;
     __syncthreads();
 #pragma unroll
-    for (int s = 0; s < t.stages - 1; ++s) ring.finish(s, first[s], scale_code, offset);
+    for (int s = 0; s < t.stages - 1; ++s) ring.finish(ring.slot(s), first[s]);
 
-    int slot = 0, held = 0;  // the slot to read next; the pass whose tokens are held
-    ClusterSums<T, kTuning> cluster(p, share, shares, rank);
-    for (int chunk = share.first_tile; chunk < share.end_tile; chunk += t.row_tiles) {
-        const int tiles = min(t.row_tiles, share.end_tile - chunk);
-        float sums[t.row_tiles][t.token_tiles][4] = {};
-        for (int pass = 0; pass < share.passes; ++pass) {
-            const int group = pass * t.warps + warp;
-            if (pass != held) tokens.load(p, share.first_group + group, group < share.groups);
-            held = pass;
+    int stage = 0;
+    StageSlot slot = ring.slot(0), free = ring.slot(t.stages - 1);  // to read and to fill next
+    bool sums_in_use = false;  // other warps may not have read those of the last chunk
+    for (int chunk = rows.first_tile; chunk < rows.end_tile; chunk += split.chunk_tiles) {
+        const int tiles = min(split.chunk_tiles, rows.end_tile - chunk);
+        const bool last_chunk = chunk + tiles == rows.end_tile;
+        for (int pass = 0; pass < split.passes; ++pass) {
+            const int group = pass * t.warps + at.warp;
+            const bool last_pass = pass + 1 == split.passes;
+            const bool other_tokens = split.passes > 1 && !(last_pass && last_chunk);
+            const int next_group = last_pass ? at.warp : group + t.warps;
+            float4* held = sums_of_warps + at.warp * 32 + at.lane;
+            const auto one_tile = [&](auto last_tile) {
+                wait_for_copies<t.stages - 2>();
+                __syncwarp();
+                ScaleCodes fetched{};
+                ring.start(free, fetched);
+                float sums[t.token_tiles][4] = {};
+                if (pass > 0) load_sums<t.warps>(sums, held);
+                const auto done = [&](int block) {
+                    if (decltype(last_tile)::value && other_tokens) tokens.load_block(p, next_group, at, block);
+                };
+                if (group < split.groups) {
+                    multiply_stage<kTogether>(
+                        slot.lines, at, table, ring.scales(slot, scale_code, offset), tokens, sums, done);
+                } else {
 #pragma unroll
-            for (int i = 0; i < t.row_tiles; ++i) {
-                if (i < tiles) {
-                    wait_for_copies<t.stages - 2>();
-                    ring.expand(slot, scale_code, offset);
-                    __syncwarp();
-                    NestedScales nested{};
-                    const int next = ring.start(nested);
-                    if (group < share.groups) multiply_stage(memory + slot * kStageBytes, table, tokens, sums[i]);
-                    ring.finish(next, nested, scale_code, offset);
-                    if (++slot == t.stages) slot = 0;
+                    for (int b = 0; b < kMmaBlocks; ++b) done(b);
                 }
-            }
+                ring.finish(free, fetched);
+                if (sums_in_use) __syncthreads();
+                sums_in_use = false;
+                store_sums<t.warps>(sums, held);
+                held += t.token_tiles * t.warps * 32;
+                if (++stage == t.stages) stage = 0;
+                free = slot;
+                slot = ring.slot(stage);
+            };
+            for (int i = 1; i < tiles; ++i) one_tile(std::false_type{});
+            one_tile(std::true_type{});
         }
-        if constexpr (t.cluster == 1) {
-            reduce_over_warps<kTuning>(
-                sums, tiles, reduced, [&](int i, float sum) { store_result<T, t.token_tiles>(p, chunk, i, sum); });
-        } else {
-            cluster.collect();
-            reduce_over_warps<kTuning>(sums, tiles, reduced, [&](int i, float sum) { cluster.put(i, sum); });
-            cluster.publish(chunk);
-        }
+        __syncthreads();
+        store_chunk<T, kTuning>(p, sums_of_warps, chunk, tiles, at);
+        sums_in_use = true;
     }
-    if constexpr (t.cluster > 1) cluster.finish();
 #endif
 }
 

@@ -11,7 +11,7 @@ namespace bnb {
 
 namespace {
 
-constexpr int kClusters = 90;  // compute capability from which on clusters and programmatic launch exist
+constexpr int kProgrammaticLaunch = 90;  // the compute capability that brought it
 
 template <class T, bool kNested, int kTuning>
 void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) {
@@ -22,19 +22,24 @@ void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) 
     allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, device.ordinal, allowed);
 
     const int tiles = (problem.N + kMmaRows - 1) / kMmaRows;
-    const int clusters = std::min(tiles, std::max(1, device.multiprocessors / t.cluster));
-    cudaLaunchAttribute attributes[2] = {};
+    const int ctas = std::min(tiles, device.multiprocessors);
+    MmaSplit split;
+    split.tiles_each = tiles / ctas;
+    split.more = tiles % ctas;
+    const int most_tiles = split.tiles_each + (split.more > 0);
+    const int chunks = (most_tiles + t.row_tiles - 1) / t.row_tiles;
+    split.chunk_tiles = (most_tiles + chunks - 1) / chunks;
+    split.groups = (problem.K + kMmaK - 1) / kMmaK;
+    split.passes = (split.groups + t.warps - 1) / t.warps;
+    cudaLaunchAttribute attributes[1] = {};
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(clusters * t.cluster);
+    config.gridDim = dim3(ctas);
     config.blockDim = dim3(t.warps * 32);
     config.dynamicSmemBytes = kBytes;
     config.stream = stream;
     config.attrs = attributes;
-    if (device.capability >= kClusters) {
-        attributes[config.numAttrs++] = programmatic_launch();
-        if (t.cluster > 1) attributes[config.numAttrs++] = cluster_of(t.cluster);
-    }
-    check(cudaLaunchKernelEx(&config, kernel, problem), "gemm_4bit_mma_kernel");
+    if (device.capability >= kProgrammaticLaunch) attributes[config.numAttrs++] = programmatic_launch();
+    check(cudaLaunchKernelEx(&config, kernel, problem, split), "gemm_4bit_mma_kernel");
 }
 
 }  // namespace
@@ -45,7 +50,6 @@ void gemm_4bit_mma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaStr
     const MmaTuning& t = kMmaTunings[tuning];
     require(
         problem.M <= 8 * t.token_tiles, "tuning ", tuning, " takes ", 8 * t.token_tiles, " tokens, got ", problem.M);
-    require(t.cluster == 1 || device.capability >= kClusters, "tuning ", tuning, " needs clusters");
     visit_kernel<kMmaTuningCount>(problem, dtype, tuning, [&](auto value, auto nested, auto number) {
         launch<decltype(value), decltype(nested)::value, decltype(number)::value>(problem, device, stream);
     });

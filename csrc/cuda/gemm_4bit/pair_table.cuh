@@ -63,30 +63,32 @@ struct ScalePair {
 template <class T, int kStride>
 class PairTable {
   public:
-    __device__ PairTable() : base_(shared_address(mma_shared)), lane4_(threadIdx.x % 32 * 4) {
+    __device__ explicit PairTable(int lane = threadIdx.x % 32) : base_(shared_address(mma_shared)), lane4_(lane * 4) {
         asm("" : "+r"(base_));  // or the compiler would compute it anew at each use, with a divergent register
     }
 
-    // Entry b holds the values of the high and the low nibble of b, 32 times.
+    // Entry b holds the values of the high and the low nibble of b, 32 times. Whole warps call this: each lane reads
+    // one value, as a read of constant memory at different places is slow, and two lanes write an entry.
     template <class Value>
     __device__ __forceinline__ void fill(const Value& value) {
-        for (int i = threadIdx.x; i < kPairs * 8; i += blockDim.x) {
-            const int pair = i / 8;
-            const uint32_t bits = pair_of<T>(value(pair >> 4), value(pair & 15));
-            *reinterpret_cast<uint4*>(mma_shared + pair * kStride + i % 8 * 16) = make_uint4(bits, bits, bits, bits);
+        const float mine = value(threadIdx.x % 16);
+        for (int first = 0; first < kPairs * 2; first += blockDim.x) {
+            const int i = first + threadIdx.x, pair = i / 2 % kPairs;
+            const float high = __shfl_sync(~0u, mine, pair >> 4), low = __shfl_sync(~0u, mine, pair & 15);
+            const uint32_t bits = pair_of<T>(high, low);
+            char* const half = mma_shared + pair * kStride + i % 2 * 64;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {  // in such an order that eight lanes meet in no bank
+                const int piece = (j + pair) % 4;
+                if (i < kPairs * 2) *reinterpret_cast<uint4*>(half + piece * 16) = make_uint4(bits, bits, bits, bits);
+            }
         }
     }
 
     template <int kByte>
     __device__ __forceinline__ uint32_t look_up(uint32_t packed) const {
-        uint32_t offset;
-        if constexpr (kStride == 256) {
-            offset = __byte_perm(packed, lane4_, 0x5504 | kByte << 4);
-        } else {
-            static_assert(kStride == 128, "an entry for each of 32 lanes");
-            const uint32_t shifted = kByte == 0 ? packed << 7 : packed >> (8 * kByte - 7);
-            asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(offset) : "r"(shifted), "r"(0x7f80), "r"(lane4_));
-        }
+        static_assert(kStride == 256, "a byte of the address is the pair");
+        const uint32_t offset = __byte_perm(packed, lane4_, 0x5504 | kByte << 4);
         uint32_t pair;
         asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(base_ + offset));
         return pair;

@@ -27,18 +27,15 @@ constexpr int64_t kFewRows = 4096, kAny = INT64_MAX;
 constexpr int wgmma(int tuning) { return kMmaTuningCount + tuning; }
 
 // From so many tokens on; below, and where none fits, those for every GPU.
-constexpr int64_t kFirstWgmmaTokens = 9;
+constexpr int64_t kFirstWgmmaTokens = 17;
 
 constexpr Choice kWgmmaChoices[] = {
-    {16, kHuge, kAny, wgmma(0)},  {16, kLarge, kAny, 4},         {16, 0, kAny, 3},
-    {32, 0, kAny, wgmma(1)},      {64, 0, kFewRows, wgmma(3)},   {64, 0, kAny, wgmma(2)},
-    {128, kHuge, kAny, wgmma(4)}, {128, 0, kAny, wgmma(5)},      {256, 0, kFewRows, wgmma(5)},
-    {256, 0, kAny, wgmma(6)},     {512, kLarge, kAny, wgmma(6)},
+    {32, 0, kAny, wgmma(0)},  {64, 0, kFewRows, wgmma(2)},  {64, 0, kAny, wgmma(1)},  {128, kHuge, kAny, wgmma(3)},
+    {128, 0, kAny, wgmma(4)}, {256, 0, kFewRows, wgmma(4)}, {256, 0, kAny, wgmma(5)}, {512, kLarge, kAny, wgmma(5)},
 };
 
 constexpr Choice kMmaChoices[] = {
-    {1, kLarge, kAny, 1}, {8, 0, kAny, 0},  {8, 0, kAny, 2},  {16, kLarge, kAny, 4},
-    {16, 0, kAny, 3},     {16, 0, kAny, 5}, {32, 0, kAny, 6},
+    {8, 0, kAny, 0}, {8, 0, kAny, 1}, {16, 0, kAny, 2}, {16, 0, kAny, 3}, {32, 0, kAny, 4},
 };
 
 constexpr int kWgmmaCapability = 90;

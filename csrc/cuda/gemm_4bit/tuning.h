@@ -8,53 +8,54 @@
 namespace bnb {
 
 struct MmaTuning {
-    int token_tiles;   // of 8 tokens
-    int warps;         // of a CTA; they share out K, 256 each at a time
-    int row_tiles;     // of 16 rows, accumulated between two reductions over the warps
-    int stages;        // of a warp's ring of weights in flight
-    int table_stride;  // bytes from one pair of values to the next: at 256 its address is one byte permutation
-    int cluster;       // CTAs that share out K; 1 where clusters do not exist
+    int token_tiles;  // of 8 tokens
+    int warps;        // of a CTA; they share out K, 256 each at a time
+    int row_tiles;    // of 16 rows, between two reductions over the warps
+    int stages;       // of a warp's ring of weights in flight
 };
 
 constexpr MmaTuning kMmaTunings[] = {
-    {1, 16, 7, 2, 128, 1},  // 0
-    {1, 16, 7, 3, 256, 1},  // 1
-    {1, 8, 4, 2, 128, 1},   // 2
-    {2, 8, 4, 3, 128, 1},   // 3
-    {2, 8, 7, 4, 256, 1},   // 4
-    {2, 8, 4, 2, 128, 1},   // 5
-    {4, 8, 2, 3, 128, 1},   // 6
-    {2, 8, 7, 3, 256, 2},   // 7
+    {1, 16, 7, 2},  // 0
+    {1, 8, 4, 2},   // 1
+    {2, 8, 7, 4},   // 2
+    {2, 8, 3, 2},   // 3
+    {4, 8, 2, 3},   // 4
 };
 
 constexpr int kMmaTuningCount = sizeof(kMmaTunings) / sizeof(kMmaTunings[0]);
 
-constexpr int kMmaK = 256;                   // of a warp and stage: one 128-byte line of a packed row
-constexpr int kMmaRows = 16;                 // of a tile
-constexpr int kMmaBlocks = kMmaK / 64;       // scales of a row and stage
-constexpr int kLineStride = kMmaK / 2 + 32;  // eight rows' 8-byte reads meet in no bank
-constexpr int kScalesAt = kMmaRows * kLineStride;
-constexpr int kStageBytes = kScalesAt + kMmaRows * kMmaBlocks * 4;
-constexpr int kPairs = 256;                   // of 4-bit values: a byte
-constexpr int kMmaTileFloats = kMmaRows * 8;  // of one tile's results for 8 tokens
-constexpr int kReducedTiles = 2;              // that go through shared memory at once
+constexpr int kMmaK = 256;                       // of a warp and stage: one 128-byte line of a packed row
+constexpr int kMmaRows = 16;                     // of a tile
+constexpr int kMmaBlocks = kMmaK / 64;           // scales of a row and stage
+constexpr int kMmaLine = kMmaK / 2;              // bytes
+constexpr int kPairs = 256;                      // of 4-bit values: a byte
+constexpr int kMmaUnitBytes = kMmaRows * 8 * 4;  // of one tile's results for 8 tokens
 
 // What lies in shared memory, in this order; sizes in bytes.
 struct MmaShared {
-    int table;       // of pairs of values
-    int rings;       // of weights in flight
-    int reduce;      // the warps' sums
-    int shares;      // clusters: the CTAs' sums
-    int scale_code;  // of nested statistics
+    // The address of a pair of values is one byte permutation if they are 256 bytes apart. A pair takes half of them,
+    // a line of a stage the other; the lines of further stages lie in pairs too.
+    static constexpr int kTableStride = 256;
+    static constexpr int kTable = kPairs * kTableStride;
+    static constexpr int kStagesBeside = kPairs / kMmaRows;
+
+    int rings;         // of weights in flight, but for those beside the table
+    int stage_scales;  // of a stage; nested: codes and factors
+    int scales;        // of all stages
+    int sums;          // of every warp
+    int scale_code;    // of nested statistics
 
     BNB_HOST_DEVICE constexpr MmaShared(const MmaTuning& t, bool nested)
-        : table(kPairs * t.table_stride),
-          rings(t.warps * t.stages * kStageBytes),
-          reduce(kReducedTiles * t.token_tiles * t.warps * kMmaTileFloats * 4),
-          shares(t.cluster > 1 ? 2 * t.row_tiles * t.token_tiles * kMmaTileFloats * 4 : 0),
+        : rings((t.warps * t.stages - kStagesBeside) * kMmaRows * kMmaLine),
+          stage_scales(kMmaRows * kMmaBlocks * (nested ? 5 : 4)),
+          scales(t.warps * t.stages * stage_scales),
+          sums(t.row_tiles * t.token_tiles * t.warps * kMmaUnitBytes),
           scale_code(nested ? 256 * 4 : 0) {}
 
-    BNB_HOST_DEVICE constexpr int bytes() const { return table + rings + reduce + shares + scale_code; }
+    BNB_HOST_DEVICE constexpr int scales_at() const { return kTable + rings; }
+    BNB_HOST_DEVICE constexpr int sums_at() const { return scales_at() + scales; }
+    BNB_HOST_DEVICE constexpr int scale_code_at() const { return sums_at() + sums; }
+    BNB_HOST_DEVICE constexpr int bytes() const { return scale_code_at() + scale_code; }
 };
 
 // The shapes of the warpgroup kernel (sm_90a), which the plan counts after those above.
@@ -68,13 +69,12 @@ struct WgmmaTuning {
 };
 
 constexpr WgmmaTuning kWgmmaTunings[] = {
-    {16, 4, 4},   // 0
-    {32, 4, 2},   // 1
-    {64, 4, 2},   // 2
-    {64, 3, 2},   // 3
-    {128, 3, 1},  // 4
-    {128, 2, 1},  // 5
-    {256, 2, 1},  // 6
+    {32, 4, 2},   // 0
+    {64, 4, 2},   // 1
+    {64, 3, 2},   // 2
+    {128, 3, 1},  // 3
+    {128, 2, 1},  // 4
+    {256, 2, 1},  // 5
 };
 
 constexpr int kWgmmaTuningCount = sizeof(kWgmmaTunings) / sizeof(kWgmmaTunings[0]);

@@ -92,11 +92,7 @@ __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
 template <class T, int kTokens>
 __device__ __forceinline__ void multiply_tokens(float (&d)[kTokens / 2], const uint32_t* a, uint64_t matrix) {
     constexpr bool kBrain = std::is_same_v<T, BFloat16>;
-    if constexpr (kTokens == 16 && kBrain) {
-        BNB_WGMMA(16, "bf16.bf16", 8, 8, 9, 10, 11, 12);
-    } else if constexpr (kTokens == 16) {
-        BNB_WGMMA(16, "f16.f16", 8, 8, 9, 10, 11, 12);
-    } else if constexpr (kTokens == 32 && kBrain) {
+    if constexpr (kTokens == 32 && kBrain) {
         BNB_WGMMA(32, "bf16.bf16", 16, 16, 17, 18, 19, 20);
     } else if constexpr (kTokens == 32) {
         BNB_WGMMA(32, "f16.f16", 16, 16, 17, 18, 19, 20);
@@ -113,7 +109,7 @@ __device__ __forceinline__ void multiply_tokens(float (&d)[kTokens / 2], const u
     } else if constexpr (kTokens == 256) {
         BNB_WGMMA(256, "f16.f16", 128, 128, 129, 130, 131, 132);
     } else {
-        static_assert(kTokens == 16, "a number of tokens that an instruction takes");
+        static_assert(kTokens == 32, "a number of tokens that an instruction takes");
     }
 }
 
