@@ -4,11 +4,17 @@ Every row's baseline is torch's dense layer of the same dtype with the same thre
 that no cache holds, as decoding a token does. Bytes are what must be read and written: activations, weight, output.
 
     python benchmarking/bench_cpu.py [--threads 1 2] [--no-write]
+
+Where BNB_CPU_ISA forces an instruction set, only products are measured, against the dense layer, which torch computes
+with all that the machine has, and against dequantizing with that set before torch multiplies:
+
+    BNB_CPU_ISA=avx2 python benchmarking/bench_cpu.py --threads 1
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 
 import torch
@@ -23,6 +29,7 @@ SHAPES = [(4096, 4096), (14336, 4096)]
 ROWS = [1, 4, 16, 64, 256, 1024]
 LAYERS = 24
 TRAINED_ROWS = [64, 512]
+FORCED_ROWS = [1, 4, 16, 64, 256]
 
 
 def quantized(dense: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
@@ -49,6 +56,24 @@ def bench_products(report: Report, shape: tuple[int, int], dtype: torch.dtype) -
     for rows in ROWS:
         if dtype == torch.bfloat16 or rows * shape[0] <= 1024 * 4096:  # else torch alone takes seconds
             bench(rows)
+
+
+def bench_forced(report: Report, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Products of the forced instruction set; a fused one has to be no slower than its two halves."""
+    dense = weight(shape, dtype)
+    packed, state = F.quantize_4bit(dense, quant_type="nf4", blocksize=64)
+    rebuilt = torch.empty_like(dense)
+    for rows in FORCED_ROWS:
+        A = torch.randn(rows, shape[1], dtype=dtype)
+        moved = packed.nbytes + state.absmax.nbytes + A.nbytes + rows * shape[0] * dtype.itemsize
+        baselines: dict[str, Callable[[], Tensor]] = {
+            "dense linear": lambda A=A: linear(A, dense),
+            "dequantize, linear": lambda A=A: linear(A, F.dequantize_4bit(packed, state, out=rebuilt)),
+        }
+        for name, baseline in baselines.items():
+            times = measure_pair(lambda A=A: matmul_4bit(A, packed, state), baseline, "cpu")
+            operation = f"nf4 linear M={rows}"
+            report.add(row(operation, name, times, shape=shape, dtype=dtype, device="cpu", moved=moved))
 
 
 def bench_layers(report: Report, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -109,9 +134,13 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
 
-    report = Report("cpu-4bit")
+    forced = os.environ.get("BNB_CPU_ISA")
+    report = Report(f"cpu-4bit-{forced}" if forced else "cpu-4bit")
     for threads in options.threads:
         torch.set_num_threads(threads)
+        if forced:
+            bench_forced(report, SHAPES[0], torch.bfloat16)
+            continue
         for dtype in (torch.bfloat16, torch.float32):
             for shape in SHAPES:
                 bench_products(report, shape, dtype)
@@ -119,7 +148,7 @@ def main() -> None:
         bench_layers(report, SHAPES[0], torch.bfloat16)
         for rows in TRAINED_ROWS:
             bench_training(report, SHAPES[0], torch.bfloat16, rows)
-    if max(options.threads) > 1:
+    if max(options.threads) > 1 and not forced:
         for rows in ROWS:
             bench_threads(report, SHAPES[0], torch.bfloat16, rows)
     if not options.no_write:
