@@ -69,9 +69,11 @@ def check_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
 
 def check_same_device(reference: Tensor, name: str = "A", /, **tensors: Tensor | None) -> None:
     """Every given tensor must be where ``reference``, the argument ``name``, is. Paged memory is everywhere."""
-    device = reference.device
+    device, on_cpu = reference.device, reference.is_cpu
     for argument, tensor in tensors.items():
-        if tensor is not None and tensor.device != device and not getattr(tensor, "is_paged", False):
+        if tensor is None or (on_cpu and tensor.is_cpu):  # an attribute is quicker than a device object
+            continue
+        if tensor.device != device and not getattr(tensor, "is_paged", False):
             raise ArgumentError(
                 f"{argument} must be on the same device as {name} ({device}), got {tensor.device}"
             )

@@ -107,17 +107,19 @@ def _multiply(
     A, B, absmax, code = A.contiguous(), B.contiguous(), absmax.contiguous(), code.contiguous()
     bias = None if bias is None else bias.contiguous()
     absmax_8bit, absmax_code, absmax_offset = nested
+    second = (None, None, None)
     if absmax_8bit is not None:
-        absmax_8bit, absmax_code, absmax_offset = _contiguous(nested)
+        absmax_8bit, absmax_code = absmax_8bit.contiguous(), absmax_code.contiguous()
+        if absmax_offset.dtype is not torch.float32:
+            absmax_offset = absmax_offset.float()
+        second = absmax_8bit.data_ptr(), absmax_code.data_ptr(), absmax_offset.data_ptr()
     N, K = shapeB
     lib.bnb_cpu_gemm_4bit(
         A.data_ptr(),
         DTYPE_ID[A.dtype],
         B.data_ptr(),
         absmax.data_ptr(),
-        None if absmax_8bit is None else absmax_8bit.data_ptr(),
-        None if absmax_code is None else absmax_code.data_ptr(),
-        None if absmax_offset is None else absmax_offset.data_ptr(),
+        *second,
         code.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
