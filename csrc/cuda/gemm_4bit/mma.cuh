@@ -101,7 +101,7 @@ template <bool kNested, int kTuning>
 class WeightRing {
     static constexpr MmaTuning t = kMmaTunings[kTuning];
     static constexpr MmaShared kShared{t, kNested};
-    static constexpr int kStageSpan = kMmaRows * MmaShared::kTableStride;
+    static constexpr int kStageSpan = kMmaRows * kPairStride;
     static_assert(MmaShared::kStagesBeside % t.warps == 0 && t.warps * t.stages >= MmaShared::kStagesBeside);
 
   public:
@@ -115,7 +115,7 @@ class WeightRing {
         const uintptr_t scales = reinterpret_cast<uintptr_t>(kNested ? (const void*)p.scales.codes : p.scales.absmax);
         scales_in_vectors_ = p.block_shift == 6 && p.K % kMmaK == 0 && scales % (kNested ? 4 : 8) == 0;
         const int line = at.lane / 8, piece = at.lane % 8 * 16;
-        to_ = line * MmaShared::kTableStride + (piece ^ line * 32);  // or the reads of eight rows would meet in a bank
+        to_ = line * kPairStride + (piece ^ line * 32);  // or the reads of eight rows would meet in a bank
         tile_blocks_ = p.K / 64 * kMmaRows;
         const bool codes = at.lane < kMmaRows;
         scales_from_ =
@@ -142,7 +142,7 @@ class WeightRing {
             const uint32_t to = base + slot.lines + to_;
 #pragma unroll
             for (int j = 0; j < kMmaRows / 4; ++j) {
-                copy_16_async(to + 4 * j * MmaShared::kTableStride, from_ + int64_t(4 * j) * row_bytes_, true);
+                copy_16_async(to + 4 * j * kPairStride, from_ + int64_t(4 * j) * row_bytes_, true);
             }
             if constexpr (kNested) {
                 copy_4_async(base + slot.scales + at_.lane * 4, nested_scales(block_));
@@ -233,7 +233,7 @@ class WeightRing {
         for (int j = 0; j < kMmaRows / 4; ++j) {
             const bool inside = wanted && row + at_.lane / 8 + 4 * j < p_.N;
             const uint8_t* source = inside ? from_ + int64_t(4 * j) * row_bytes_ : p_.packed;
-            copy_16_async(to + 4 * j * MmaShared::kTableStride, source, inside);
+            copy_16_async(to + 4 * j * kPairStride, source, inside);
         }
     }
 
@@ -305,11 +305,11 @@ struct Tokens {
 
 // One stage: 16 rows times 256 k times the tokens, added to `sums`. kTogether blocks are decoded together, so that
 // products do not wait for one another; done(b) is called once the tokens of block b are no longer needed.
-template <int kTogether, class T, int kStride, int kTokenTiles, bool kNested, class Done>
+template <int kTogether, class T, int kTokenTiles, bool kNested, class Done>
 __device__ __forceinline__ void multiply_stage(
-    int lines, Lane at, const PairTable<T, kStride>& table, const RowScales<kNested>& scales,
-    const Tokens<kTokenTiles>& tokens, float (&sums)[kTokenTiles][4], Done&& done) {
-    const int first_line = lines + at.g() * kStride + at.t() * 8 + at.g() % 4 * 32;
+    int lines, Lane at, const PairTable<T>& table, const RowScales<kNested>& scales, const Tokens<kTokenTiles>& tokens,
+    float (&sums)[kTokenTiles][4], Done&& done) {
+    const int first_line = lines + at.g() * kPairStride + at.t() * 8 + at.g() % 4 * 32;
 #pragma unroll
     for (int first = 0; first < kMmaBlocks; first += kTogether) {
         uint2 above[kTogether], below[kTogether];
@@ -318,7 +318,7 @@ __device__ __forceinline__ void multiply_stage(
         for (int u = 0; u < kTogether; ++u) {
             const char* const from = mma_shared + (first_line ^ (first + u) * 32);
             above[u] = *reinterpret_cast<const uint2*>(from);
-            below[u] = *reinterpret_cast<const uint2*>(from + 8 * kStride);
+            below[u] = *reinterpret_cast<const uint2*>(from + 8 * kPairStride);
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -420,7 +420,7 @@ __global__ void __launch_bounds__(kMmaTunings[kTuning].warps * 32)
     const Lane at;
     const MmaRows rows(split);
     WeightRing<kNested, kTuning> ring(p, split, rows, at);
-    PairTable<T, MmaShared::kTableStride> table(at.lane);
+    PairTable<T> table(at.lane);
     if (threadIdx.x == 0) ring.prefetch();
     wait_for_predecessor();
     let_successor_start();

@@ -60,11 +60,11 @@ struct ScalePair {
 };
 
 // It lies at the beginning of shared memory and does not change once filled.
-template <class T, int kStride>
+template <class T>
 class PairTable {
   public:
     __device__ explicit PairTable(int lane = threadIdx.x % 32) : base_(shared_address(mma_shared)), lane4_(lane * 4) {
-        asm("" : "+r"(base_));  // or the compiler would compute it anew at each use, with a divergent register
+        asm("" : "+r"(base_), "+r"(lane4_));  // or the compiler would compute them anew at each use
     }
 
     // Entry b holds the values of the high and the low nibble of b, 32 times. Whole warps call this: each lane reads
@@ -76,7 +76,7 @@ class PairTable {
             const int i = first + threadIdx.x, pair = i / 2 % kPairs;
             const float high = __shfl_sync(~0u, mine, pair >> 4), low = __shfl_sync(~0u, mine, pair & 15);
             const uint32_t bits = pair_of<T>(high, low);
-            char* const half = mma_shared + pair * kStride + i % 2 * 64;
+            char* const half = mma_shared + pair * kPairStride + i % 2 * 64;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {  // in such an order that eight lanes meet in no bank
                 const int piece = (j + pair) % 4;
@@ -87,7 +87,7 @@ class PairTable {
 
     template <int kByte>
     __device__ __forceinline__ uint32_t look_up(uint32_t packed) const {
-        static_assert(kStride == 256, "a byte of the address is the pair");
+        static_assert(kPairStride == 256, "a byte of the address is the pair");
         const uint32_t offset = __byte_perm(packed, lane4_, 0x5504 | kByte << 4);
         uint32_t pair;
         asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(base_ + offset));

@@ -24,19 +24,18 @@ constexpr MmaTuning kMmaTunings[] = {
 
 constexpr int kMmaTuningCount = sizeof(kMmaTunings) / sizeof(kMmaTunings[0]);
 
-constexpr int kMmaK = 256;                       // of a warp and stage: one 128-byte line of a packed row
-constexpr int kMmaRows = 16;                     // of a tile
-constexpr int kMmaBlocks = kMmaK / 64;           // scales of a row and stage
-constexpr int kMmaLine = kMmaK / 2;              // bytes
-constexpr int kPairs = 256;                      // of 4-bit values: a byte
+constexpr int kMmaK = 256;              // of a warp and stage: one 128-byte line of a packed row
+constexpr int kMmaRows = 16;            // of a tile
+constexpr int kMmaBlocks = kMmaK / 64;  // scales of a row and stage
+constexpr int kMmaLine = kMmaK / 2;     // bytes
+constexpr int kPairs = 256;             // of 4-bit values: a byte
+constexpr int kPairStride = 256;        // bytes between pairs in shared memory: its address is one byte permutation
 constexpr int kMmaUnitBytes = kMmaRows * 8 * 4;  // of one tile's results for 8 tokens
 
 // What lies in shared memory, in this order; sizes in bytes.
 struct MmaShared {
-    // The address of a pair of values is one byte permutation if they are 256 bytes apart. A pair takes half of them,
-    // a line of a stage the other; the lines of further stages lie in pairs too.
-    static constexpr int kTableStride = 256;
-    static constexpr int kTable = kPairs * kTableStride;
+    // A pair takes half of its stride, a line of a stage the other; the lines of further stages lie in pairs too.
+    static constexpr int kTable = kPairs * kPairStride;
     static constexpr int kStagesBeside = kPairs / kMmaRows;
 
     int rings;         // of weights in flight, but for those beside the table
@@ -81,12 +80,11 @@ constexpr int kWgmmaTuningCount = sizeof(kWgmmaTunings) / sizeof(kWgmmaTunings[0
 
 // What lies in shared memory, in this order; sizes in bytes.
 struct WgmmaShared {
-    static constexpr int kTableStride = 256;
     static constexpr int kTokenSlots = 4;
     int table, tokens, barriers, scale_code;
 
     BNB_HOST_DEVICE constexpr WgmmaShared(const WgmmaTuning& t, bool nested)
-        : table(kPairs * kTableStride),
+        : table(kPairs * kPairStride),
           tokens(kTokenSlots * t.token_blocks * t.tokens * 128),
           barriers(kTokenSlots * 16),
           scale_code(nested ? 256 * 4 : 0) {}

@@ -104,19 +104,26 @@ class WgmmaWeights {
     template <int kHalf>
     __device__ __forceinline__ void load(bool there) {
         if (there) {
-            // Beyond K the tokens are 0: there, the row's last weights will do.
-            const int k = min(walk_.stage * kMmaK + kHalf * 128 + static_cast<int>(threadIdx.x) % 4 * 32, p_.K - 32);
+            const int k = walk_.stage * kMmaK + kHalf * 128 + static_cast<int>(threadIdx.x) % 4 * 32;
+            const int block = k >> p_.block_shift;  // of the row
             Half128& half = halves_[kHalf];
-            load_16_once(half.packed[0], from_ + k / 2, once_);
-            load_16_once(half.packed[1], from_ + below_ * (p_.K / 2) + k / 2, once_);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int64_t block = first_block_ + i * below_ * (p_.K >> p_.block_shift) + (k >> p_.block_shift);
-                if constexpr (kNested) half.codes[i] = __ldg(p_.scales.codes + block);
-                half.absmax[i] = __ldg(p_.scales.absmax + (kNested ? block >> 8 : block));
+                half.absmax[i] = 0.0f;  // beyond K, where the tokens are 0, any finite weights will do
+                if (k < p_.K) {
+                    load_16_once(half.packed[i], from_[i] + kHalf * 64, once_);
+                    if constexpr (kNested) {
+                        half.codes[i] = __ldg(p_.scales.codes + (first_block_[i] + block));
+                        half.absmax[i] = __ldg(p_.scales.absmax + (first_block_[i] + block >> 8));
+                    } else {
+                        half.absmax[i] = __ldg(absmax_[i] + block);
+                    }
+                }
             }
         }
         if (kHalf == 0) return;
+        from_[0] += kMmaK / 2;
+        from_[1] += kMmaK / 2;
         if (walk_.next(share_)) begin_tile();
     }
 
@@ -154,21 +161,24 @@ class WgmmaWeights {
 
     // Rows that do not exist are read as the last one is.
     __device__ __forceinline__ void begin_tile() {
-        const int line = threadIdx.x % 32 / 4;
+        const int lane = threadIdx.x % 32;
         const int first = walk_.tile / token_tiles_of<kTuning>(p_) * t.rows() + threadIdx.x / 32 * 16;
-        const int row = min(first + row_of_line(line), p_.N - 1);
-        below_ = min(first + row_of_line(line + 8), p_.N - 1) - row;
-        from_ = p_.packed + int64_t(row) * (p_.K / 2);
-        first_block_ = int64_t(row) * (p_.K >> p_.block_shift);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int64_t row = min(first + row_of_line(lane / 4 + i * 8), p_.N - 1);
+            from_[i] = p_.packed + (row * p_.K + walk_.stage * kMmaK) / 2 + lane % 4 * 16;
+            first_block_[i] = row * (p_.K >> p_.block_shift);
+            absmax_[i] = p_.scales.absmax + first_block_[i];
+        }
     }
 
     const Gemm4bit& p_;
     const WgmmaShare& share_;
     WgmmaWalk walk_;  // what is read next
     uint64_t once_;
-    const uint8_t* from_;  // the first line's row
-    int64_t first_block_;
-    int below_;  // rows from there to the second line's
+    const uint8_t* from_[2];  // of each line
+    int64_t first_block_[2];
+    const float* absmax_[2];
     Half128 halves_[2];
     ScalePair<T> scales_[2];
 };
@@ -411,7 +421,7 @@ __global__ void __launch_bounds__(kWgmmaTunings[kTuning].threads(), 1)
     const WgmmaShare share(p, split, blockIdx.x);
     WgmmaTokens<kTuning> tokens(p, share, memory, memory + kShared.tokens);
     WgmmaWeights<T, kNested, kTuning> weights(p, share);
-    PairTable<T, WgmmaShared::kTableStride> table;
+    PairTable<T> table;
     if (threadIdx.x == 0) tokens.prepare();
     float offset = 0.0f;
     if constexpr (kNested) {
@@ -420,14 +430,17 @@ __global__ void __launch_bounds__(kWgmmaTunings[kTuning].threads(), 1)
     }
     weights.template load<0>(true);
     weights.template load<1>(true);
+    if (threadIdx.x == 0) {  // nothing else is read of what the predecessor wrote
+        wait_for_predecessor();
+        tokens.fill_first();
+    }
+    __syncwarp();
     if (p.code == nullptr) {
         table.fill([&](int i) { return p.values[i]; });
     } else {
         table.fill([&](int i) { return __ldg(p.code + i); });
     }
-    wait_for_predecessor();
     __syncthreads();
-    if (threadIdx.x == 0) tokens.fill_first();
 
     uint32_t a[2][16];
     float sums[t.tokens / 2];

@@ -15,16 +15,13 @@ namespace bnb {
 class MatrixInShared {
   public:
     __device__ __forceinline__ MatrixInShared(uint32_t address, uint32_t k_stride, uint32_t row_stride)
-        : low_(address >> 4 | k_stride >> 4 << 16),
-          high_(row_stride >> 4) {}
+        : descriptor_(uint64_t(row_stride >> 4) << 32 | k_stride >> 4 << 16 | address >> 4) {}
 
     // The descriptor of the matrix so many bytes on.
-    __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
-        return uint64_t(high_) << 32 | (low_ + (bytes >> 4));
-    }
+    __device__ __forceinline__ uint64_t at(uint32_t bytes) const { return descriptor_ + (bytes >> 4); }
 
   private:
-    uint32_t low_, high_;
+    uint64_t descriptor_;
 };
 
 // The registers that a product reads and adds to have been written.
