@@ -17,12 +17,10 @@ namespace {
 struct Choice {
     int64_t tokens;   // at most
     int64_t weights;  // N * K, at least
-    int64_t rows;     // N, at most
     int tuning;       // a position in kMmaTunings, or after those in kWgmmaTunings
 };
 
 constexpr int64_t kLarge = int64_t(24) << 20, kHuge = int64_t(128) << 20;
-constexpr int64_t kFewRows = 4096, kAny = INT64_MAX;
 
 constexpr int wgmma(int tuning) { return kMmaTuningCount + tuning; }
 
@@ -30,13 +28,11 @@ constexpr int wgmma(int tuning) { return kMmaTuningCount + tuning; }
 constexpr int64_t kFirstWgmmaTokens = 17;
 
 constexpr Choice kWgmmaChoices[] = {
-    {32, 0, kAny, wgmma(0)},  {64, 0, kFewRows, wgmma(2)},  {64, 0, kAny, wgmma(1)},  {128, kHuge, kAny, wgmma(3)},
-    {128, 0, kAny, wgmma(4)}, {256, 0, kFewRows, wgmma(4)}, {256, 0, kAny, wgmma(5)}, {512, kLarge, kAny, wgmma(5)},
+    {32, 0, wgmma(0)},  {64, kLarge, wgmma(1)},  {64, 0, wgmma(2)},  {128, kHuge, wgmma(3)},
+    {128, 0, wgmma(4)}, {256, kLarge, wgmma(5)}, {256, 0, wgmma(4)}, {512, kLarge, wgmma(5)},
 };
 
-constexpr Choice kMmaChoices[] = {
-    {8, 0, kAny, 0}, {8, 0, kAny, 1}, {16, 0, kAny, 2}, {16, 0, kAny, 3}, {32, 0, kAny, 4},
-};
+constexpr Choice kMmaChoices[] = {{8, 0, 0}, {8, 0, 1}, {16, 0, 2}, {16, 0, 3}, {32, 0, 4}};
 
 constexpr int kWgmmaCapability = 90;
 
@@ -63,7 +59,7 @@ constexpr int kNone = BNB_GEMM_DEQUANTIZE;
 template <size_t kCount>
 int choose(const Choice (&choices)[kCount], const GemmProblem& p, const GemmDevice& device) {
     for (const Choice& choice : choices) {
-        const bool meant = p.M <= choice.tokens && p.N * p.K >= choice.weights && p.N <= choice.rows;
+        const bool meant = p.M <= choice.tokens && p.N * p.K >= choice.weights;
         if (meant && fits(choice.tuning, device)) return choice.tuning;
     }
     return kNone;
