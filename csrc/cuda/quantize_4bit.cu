@@ -129,21 +129,21 @@ __global__ void __launch_bounds__(kWarpsPerCta* kLanes) quantize_4bit_kernel(
         });
 }
 
-// The short block at the end, by one warp.
+// Blocks of `count` values by a warp each, a byte at a time: the short one at the end, or whole ones whose codes are
+// not aligned.
 template <class T, bnb_format kFormat>
-__global__ void quantize_4bit_tail_kernel(
-    const T* __restrict__ values, uint8_t* __restrict__ packed, float* __restrict__ absmax, int count) {
+__global__ void quantize_4bit_lone_kernel(
+    const T* __restrict__ values, uint8_t* __restrict__ packed, float* __restrict__ absmax, int count, bool whole) {
     const int lane = threadIdx.x;
+    const int64_t first = int64_t(blockIdx.x) * count;
     const Encoder<kFormat> encoder(lane);
-    const float scale = scale_of_tail(values, count);
-    if (lane == 0) *absmax = scale;
+    const LoneBlock<T> block(values + first, count, whole, absmax + blockIdx.x);
     for (int start = 0; start < count; start += 2 * kLanes) {  // as many rounds for every lane: they encode together
         const int i = start + 2 * lane;
         Codes codes = encoder.start();
-        encoder.template put<4>(i < count ? fminf(__fdiv_rn(to_float(values[i]), scale), kHighest) : 0.0f, codes);
-        encoder.template put<0>(
-            i + 1 < count ? fminf(__fdiv_rn(to_float(values[i + 1]), scale), kHighest) : 0.0f, codes);
-        if (i < count) packed[i / 2] = static_cast<uint8_t>(encoder.finish(codes));
+        encoder.template put<4>(block.scaled(i, kHighest), codes);
+        encoder.template put<0>(block.scaled(i + 1, kHighest), codes);
+        if (i < count) packed[(first + i) / 2] = static_cast<uint8_t>(encoder.finish(codes));
     }
 }
 
@@ -152,6 +152,11 @@ void launch(const T* values, uint8_t* packed, float* absmax, int64_t n, int64_t 
     const int64_t whole = n - n % blocksize;
     const bool known = visit_blocksize(blocksize, [&](auto block) {
         if (whole == 0) return;
+        if (reinterpret_cast<uintptr_t>(packed) % sizeof(uint32_t) != 0) {
+            quantize_4bit_lone_kernel<T, kFormat>
+                <<<grid_size(whole / blocksize), kLanes, 0, stream>>>(values, packed, absmax, block(), true);
+            return check_launch("quantize_4bit");
+        }
         constexpr int64_t kPerCta = int64_t(kWarpsPerCta) * BlockShare<block()>::kValues;
         const int64_t ctas = (whole + kPerCta - 1) / kPerCta;
         const bool aligned = reinterpret_cast<uintptr_t>(values) % 16 == 0;
@@ -161,8 +166,8 @@ void launch(const T* values, uint8_t* packed, float* absmax, int64_t n, int64_t 
     });
     require(known, "blocksize must be a power of two from 32 to 4096, got ", blocksize);
     if (whole < n) {
-        quantize_4bit_tail_kernel<T, kFormat><<<1, kLanes, 0, stream>>>(
-            values + whole, packed + whole / 2, absmax + whole / blocksize, static_cast<int>(n - whole));
+        quantize_4bit_lone_kernel<T, kFormat><<<1, kLanes, 0, stream>>>(
+            values + whole, packed + whole / 2, absmax + whole / blocksize, static_cast<int>(n - whole), false);
         check_launch("quantize_4bit");
     }
 }

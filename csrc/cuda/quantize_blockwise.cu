@@ -154,17 +154,18 @@ __global__ void __launch_bounds__(
     }
 }
 
-// The short block at the end, by one warp.
+// Blocks of `count` values by a warp each, a byte at a time: the short one at the end, or whole ones whose codes are
+// not aligned.
 template <class T>
-__global__ void quantize_blockwise_tail_kernel(
+__global__ void quantize_blockwise_lone_kernel(
     const T* __restrict__ values, const float* __restrict__ map, uint8_t* __restrict__ codes,
-    float* __restrict__ absmax, int count) {
+    float* __restrict__ absmax, int count, bool whole) {
     __shared__ Midpoints midpoints;
     midpoints.make(map);
-    const float scale = scale_of_tail(values, count);
-    if (threadIdx.x == 0) *absmax = scale;
+    const int64_t first = int64_t(blockIdx.x) * count;
+    const LoneBlock<T> block(values + first, count, whole, absmax + blockIdx.x);
     for (int i = threadIdx.x; i < count; i += kLanes) {
-        codes[i] = static_cast<uint8_t>(midpoints.entry_of(__fdiv_rn(to_float(values[i]), scale)));
+        codes[first + i] = static_cast<uint8_t>(midpoints.entry_of(block.scaled(i, kInfinity)));
     }
 }
 
@@ -175,6 +176,11 @@ void launch(
     const int64_t whole = n - n % blocksize;
     const bool known = visit_blocksize(blocksize, [&](auto block) {
         if (whole == 0) return;
+        if (reinterpret_cast<uintptr_t>(codes) % sizeof(uint2) != 0) {
+            quantize_blockwise_lone_kernel<T><<<grid_size(whole / blocksize), kLanes, 0, stream>>>(
+                values, map, codes, absmax, static_cast<int>(blocksize), true);
+            return check_launch("quantize_blockwise");
+        }
         using Tuning = Tuning<T, block()>;
         constexpr int64_t kPerCta = int64_t(Tuning::kThreads / kLanes) * BlockShare<block()>::kValues;
         const int64_t ctas =
@@ -188,8 +194,8 @@ void launch(
         throw Error(BNB_STATUS_UNSUPPORTED, text("blocksize must be a power of two from 32 to 4096, got ", blocksize));
     }
     if (whole < n) {
-        quantize_blockwise_tail_kernel<T><<<1, kLanes, 0, stream>>>(
-            values + whole, map, codes + whole, absmax + whole / blocksize, static_cast<int>(n - whole));
+        quantize_blockwise_lone_kernel<T><<<1, kLanes, 0, stream>>>(
+            values + whole, map, codes + whole, absmax + whole / blocksize, static_cast<int>(n - whole), false);
         check_launch("quantize_blockwise");
     }
 }

@@ -166,13 +166,38 @@ __device__ __forceinline__ void scale_blocks(
     }
 }
 
-// The scale of the short block at the end, for one warp: kept as its absmax, and divided by.
+// A block that one warp scales, whatever its address. A short one is divided by its absmax, which has a floor; a whole
+// one is multiplied by the reciprocal, as above.
 template <class T>
-__device__ float scale_of_tail(const T* __restrict__ values, int count) {
-    uint32_t bits = 0;
-    for (int i = threadIdx.x % kLanes; i < count; i += kLanes) bits = max(bits, magnitude_bits(to_float(values[i])));
-    return floored_absmax(__uint_as_float(largest_in_group<float, kLanes>(bits)));
-}
+class LoneBlock {
+  public:
+    // All lanes call it together; one writes the absmax.
+    __device__ LoneBlock(const T* __restrict__ values, int count, bool whole, float* absmax)
+        : values_(values),
+          count_(count),
+          whole_(whole) {
+        uint32_t bits = 0;
+        for (int i = threadIdx.x % kLanes; i < count; i += kLanes)
+            bits = max(bits, magnitude_bits(to_float(values[i])));
+        const float largest = __uint_as_float(largest_in_group<float, kLanes>(bits));
+        divisor_ = floored_absmax(largest);
+        reciprocal_ = 1.0f / divisor_;
+        if (threadIdx.x % kLanes == 0) *absmax = whole ? largest : divisor_;
+    }
+
+    // NaN becomes `highest`; past the end there are zeros.
+    __device__ float scaled(int i, float highest) const {
+        if (i >= count_) return 0.0f;
+        const float value = to_float(values_[i]);
+        return fminf(whole_ ? __fmul_rn(value, reciprocal_) : __fdiv_rn(value, divisor_), highest);
+    }
+
+  private:
+    const T* values_;
+    int count_;
+    bool whole_;
+    float divisor_, reciprocal_;
+};
 
 // Call body(std::integral_constant<int, blocksize>{}) for a block size these kernels have; false otherwise.
 template <class Body>

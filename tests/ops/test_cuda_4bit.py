@@ -115,7 +115,13 @@ def test_unaligned_memory_is_quantized_alike(dtype):
 
         code = create_dynamic_map().cuda()
         codes = torch.ops.bitsandbytes.quantize_blockwise(A, code, 64)
-        assert_equal_bits(codes, _ops.quantize_blockwise.run_with("default", A.clone(), code, 64))
+        expected = _ops.quantize_blockwise.run_with("default", A.clone(), code, 64)
+        assert_equal_bits(codes, expected)
+        held = torch.zeros(offset + A.numel(), dtype=torch.uint8, device="cuda")[offset:]
+        torch.ops.bitsandbytes.quantize_blockwise.out(
+            A, code, 64, held, statistics := torch.zeros_like(codes[1])
+        )
+        assert_equal_bits((held, statistics), expected)
 
         held = torch.cat([packed.new_zeros(offset, 1), packed])[offset:]
         decoded = torch.ops.bitsandbytes.dequantize_4bit(held, absmax, 64, "nf4", A.shape, dtype)
