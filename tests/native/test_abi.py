@@ -124,6 +124,15 @@ def test_the_library_exports_nothing_else(library_file):
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_every_cuda_function_is_called_for_the_sanitizer():
+    root = Path(__file__).parents[2]
+    declared = {name for name in parse_header(root / "csrc" / "bnb.h").prototypes if "_cuda_" in name}
+    called = "".join(file.read_text() for file in (root / "tests" / "native" / "sanitize").glob("*.py"))
+
+    assert len(declared) > 10
+    assert {name for name in declared if f'"{name}"' not in called} - {"bnb_has_cuda"} == set()
+
+
 def test_the_header_is_plain_c99(library, tmp_path):
     source = tmp_path / "user.c"
     source.write_text('#include "bnb.h"\nint main(void) { return (int)BNB_STATUS_OK; }\n')
