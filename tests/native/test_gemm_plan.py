@@ -86,7 +86,8 @@ def test_the_warpgroup_kernel_needs_room_for_the_tokens_and_for_shared_sums():
             assert workspace(M, N, K, tuning) == 0
         else:
             assert tokens < workspace(M, N, K, tuning) <= tokens + 132 * 2 * 256 * 256 * 4
-            assert workspace(M, N, K, tuning, multiprocessors=1) == tokens  # one CTA has every tile for itself
+            # One CTA has every tile for itself.
+            assert workspace(M, N, K, tuning, multiprocessors=1) == tokens
     for tuning in (dequantize(), plain(), 1000):
         assert workspace(64, 4096, 4096, tuning) == 0
     assert workspace(64, N, K, plan(64, N, K), multiprocessors=0) == 0
