@@ -17,10 +17,11 @@ namespace {
 struct Choice {
     int64_t tokens;   // at most
     int64_t weights;  // N * K, at least
-    int tuning;       // a position in kMmaTunings, or after those in kWgmmaTunings
+    int tuning;       // a position in kMmaTunings, or after those in kWgmmaTunings, or kNone
 };
 
-constexpr int64_t kLarge = int64_t(24) << 20, kHuge = int64_t(128) << 20;
+constexpr int kNone = BNB_GEMM_DEQUANTIZE;
+constexpr int64_t kMedium = int64_t(16) << 20, kLarge = int64_t(24) << 20, kHuge = int64_t(128) << 20;
 
 constexpr int wgmma(int tuning) { return kMmaTuningCount + tuning; }
 
@@ -28,8 +29,9 @@ constexpr int wgmma(int tuning) { return kMmaTuningCount + tuning; }
 constexpr int64_t kFirstWgmmaTokens = 17;
 
 constexpr Choice kWgmmaChoices[] = {
-    {32, 0, wgmma(0)},  {64, kLarge, wgmma(1)},  {64, 0, wgmma(2)},  {128, kHuge, wgmma(3)},
-    {128, 0, wgmma(4)}, {256, kLarge, wgmma(5)}, {256, 0, wgmma(4)}, {512, kLarge, wgmma(5)},
+    {32, 0, wgmma(0)},  {64, kLarge, wgmma(1)},   {64, 0, wgmma(2)},  {128, kHuge, wgmma(3)},
+    {128, 0, wgmma(4)}, {256, kLarge, wgmma(5)},  {256, 0, wgmma(4)}, {384, kLarge, wgmma(3)},
+    {384, 0, kNone},    {512, kMedium, wgmma(5)},
 };
 
 constexpr Choice kMmaChoices[] = {{8, 0, 0}, {8, 0, 1}, {16, 0, 2}, {16, 0, 3}, {32, 0, 4}};
@@ -50,11 +52,10 @@ int shared_memory_kb(int capability) {
 }
 
 bool fits(int tuning, const GemmDevice& device) {
+    if (tuning == kNone) return true;
     if (tuning >= kMmaTuningCount) return device.capability == kWgmmaCapability;
     return MmaShared(kMmaTunings[tuning], true).bytes() <= shared_memory_kb(device.capability) * 1024;
 }
-
-constexpr int kNone = BNB_GEMM_DEQUANTIZE;
 
 template <size_t kCount>
 int choose(const Choice (&choices)[kCount], const GemmProblem& p, const GemmDevice& device) {
