@@ -47,7 +47,25 @@ void stream_rows(
     const WeightRows<kWeights> row = rows;
     F32 total[kWeights * kRows];
     unrolled<kWeights * kRows>([&](auto i) { total[i.number] = broadcast(0.0f); });
-    for (int64_t vector = 0, segments = 0; vector < vectors;) {
+    int64_t vector = 0, segments = 0;
+    if constexpr (kRegistersAreFew && kScales == 1 && kRows == 1) {
+        // Each row's segment is finished before the next row's begins, so that all totals stay in registers.
+        for (; segment == 1 && vector < vectors; ++vector, ++segments) {
+            unrolled<kWeights>([&](auto w) {
+                const uint8_t* const source = row.packed[w.number] + vector * kVectorBytes;
+                const I32 words = load_words(source);
+                BNB_PREFETCH(source + row.ahead);
+                F32 sum = broadcast(0.0f);
+                unrolled<kSteps>([&](auto step) {
+                    const auto weight = Engine::template decode<step.number>(table, words);
+                    sum = Engine::add_product(sum, weight, Engine::load_weight(activations + step.number * kWidth));
+                });
+                total[w.number] = fma(sum, broadcast(row.scales[w.number][segments]), total[w.number]);
+            });
+            activations += kSteps * kWidth;
+        }
+    }
+    while (vector < vectors) {
         F32 sum[kWeights * kRows];
         unrolled<kWeights * kRows>([&](auto i) { sum[i.number] = broadcast(0.0f); });
         const int64_t stop = vectors - vector < segment ? vectors : vector + segment;
