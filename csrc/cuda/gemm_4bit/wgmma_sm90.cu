@@ -33,8 +33,8 @@ void launch_early(
 
 // The kernels before and after the product ask for shared memory that they do not need: or their CTAs would crowd on
 // the few multiprocessors that are idle when they start, instead of waiting for all, and would make a multiprocessor
-// change how it divides its memory.
-constexpr int kSpread = 64 * 1024, kSpreadMore = 24 * 1024;
+// change how it divides its memory. So many of them fit one:
+constexpr int kForThree = 64 * 1024, kForEight = 24 * 1024;
 
 template <int kTuning>
 void arrange_tokens(
@@ -45,7 +45,7 @@ void arrange_tokens(
     const int64_t ctas = std::max((units * 2 * kTokens + kArrangeThreads - 1) / kArrangeThreads, room.ctas);
     launch_early(
         arrange_tokens_kernel<kTuning>, dim3(grid_size(ctas), static_cast<unsigned>(room.token_tiles)), kArrangeThreads,
-        kSpread, device, allowed, stream, "arrange_tokens_kernel", problem, split, units);
+        kForThree, device, allowed, stream, "arrange_tokens_kernel", problem, split, units);
 }
 
 template <class T, int kTuning>
@@ -57,7 +57,7 @@ void finish(
     static_assert(kCtas * kFinishThreads == kWarps * 32 && t.tokens / 8 % kFinishQuads == 0, "warps fill CTAs");
     const auto tiles = static_cast<unsigned>(std::min(room.stages / room.of_tile, room.ctas - 1));
     launch_early(
-        gemm_4bit_wgmma_finish_kernel<T, kTuning>, dim3(kCtas, tiles), kFinishThreads, kSpreadMore, device, allowed,
+        gemm_4bit_wgmma_finish_kernel<T, kTuning>, dim3(kCtas, tiles), kFinishThreads, kForEight, device, allowed,
         stream, "gemm_4bit_wgmma_finish_kernel", problem, split);
 }
 
@@ -74,7 +74,7 @@ void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) 
     launch_early(
         gemm_4bit_wgmma_kernel<T, kNested, kTuning>, dim3(grid_size(room.ctas)), t.threads(),
         WgmmaShared(t, kNested).bytes(), device.ordinal, allowed, stream, "gemm_4bit_wgmma_kernel", problem, split);
-    if (room.shares_tiles() && room.ctas > 1) finish<T, kTuning>(problem, room, split, device.ordinal, stream);
+    if (room.shares_tiles()) finish<T, kTuning>(problem, room, split, device.ordinal, stream);
 }
 
 }  // namespace
