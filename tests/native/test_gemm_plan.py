@@ -77,6 +77,13 @@ def workspace(M, N, K, tuning, multiprocessors=132):
     return lib.bnb_cuda_gemm_4bit_workspace(*problem)
 
 
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+def test_up_to_24_tokens_need_no_workspace(N, K):
+    for M in (1, 8, 16, 17, 24):
+        assert plan(M, N, K) >= 0
+        assert workspace(M, N, K, plan(M, N, K)) == 0
+
+
 def test_the_warpgroup_kernel_needs_room_for_the_tokens_and_for_shared_sums():
     N, K = 4096, 4096 + 64
     for M in (1, 8, 64, 100, 256):

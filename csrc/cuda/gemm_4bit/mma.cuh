@@ -413,7 +413,6 @@ __global__ void __launch_bounds__(kMmaTunings[kTuning].warps * 32)
 #if __CUDA_ARCH__ >= 800
     constexpr MmaTuning t = kMmaTunings[kTuning];
     constexpr MmaShared kShared(t, kNested);
-    constexpr int kTogether = t.token_tiles * t.warps <= 16 ? 2 : 1;  // registers for more do not suffice
     static_assert(t.warps * 32 >= 256, "a thread for every value of the scales' code");
     float* const scale_code = reinterpret_cast<float*>(mma_shared + kShared.scale_code_at());
     float4* const sums_of_warps = reinterpret_cast<float4*>(mma_shared + kShared.sums_at());
@@ -466,7 +465,7 @@ __global__ void __launch_bounds__(kMmaTunings[kTuning].warps * 32)
                     if (decltype(last_tile)::value && other_tokens) tokens.load_block(p, next_group, at, block);
                 };
                 if (group < split.groups) {
-                    multiply_stage<kTogether>(
+                    multiply_stage<t.together>(
                         slot.lines, at, table, ring.scales(slot, scale_code, offset), tokens, sums, done);
                 } else {
 #pragma unroll

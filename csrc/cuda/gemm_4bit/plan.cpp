@@ -15,26 +15,30 @@ namespace {
 // The first line that the problem and the device fit counts. Measured on an H200:
 // benchmarking/results/2026-11-21-gemm-4bit-nvidia-h200.json.
 struct Choice {
-    int64_t tokens;   // at most
-    int64_t weights;  // N * K, at least
-    int tuning;       // a position in kMmaTunings, or after those in kWgmmaTunings, or kNone
+    int64_t tokens;    // at most
+    int64_t weights;   // N * K, at least
+    int tuning;        // a position in kMmaTunings, or after those in kWgmmaTunings, or kNone
+    int64_t rows = 0;  // N, at least
 };
 
 constexpr int kNone = BNB_GEMM_DEQUANTIZE;
 constexpr int64_t kMedium = int64_t(16) << 20, kLarge = int64_t(24) << 20, kHuge = int64_t(128) << 20;
+constexpr int64_t kManyRows = 7 * 16 * 132 + 1;  // more than seven tiles for each multiprocessor
 
 constexpr int wgmma(int tuning) { return kMmaTuningCount + tuning; }
 
-// From so many tokens on; below, and where none fits, those for every GPU.
-constexpr int64_t kFirstWgmmaTokens = 17;
+// From so many tokens on; below, and where there is no workspace, those for every GPU.
+constexpr int64_t kFirstWgmmaTokens = 25;
 
 constexpr Choice kWgmmaChoices[] = {
-    {32, 0, wgmma(0)},  {64, kLarge, wgmma(1)},   {64, 0, wgmma(2)},  {128, kHuge, wgmma(3)},
-    {128, 0, wgmma(4)}, {256, kLarge, wgmma(5)},  {256, 0, wgmma(4)}, {384, kLarge, wgmma(3)},
-    {384, 0, kNone},    {512, kMedium, wgmma(5)},
+    {32, kLarge, wgmma(0)},  {32, 0, 6},         {64, kLarge, wgmma(1)},   {64, 0, wgmma(2)},
+    {128, kHuge, wgmma(3)},  {128, 0, wgmma(4)}, {256, kLarge, wgmma(5)},  {256, 0, wgmma(4)},
+    {384, kLarge, wgmma(3)}, {384, 0, kNone},    {512, kMedium, wgmma(5)},
 };
 
-constexpr Choice kMmaChoices[] = {{8, 0, 0}, {8, 0, 1}, {16, 0, 2}, {16, 0, 3}, {32, 0, 4}};
+constexpr Choice kMmaChoices[] = {
+    {8, 0, 0}, {8, 0, 1}, {16, 0, 3, kManyRows}, {16, 0, 2}, {16, 0, 4}, {24, 0, 5}, {32, 0, 6}, {32, 0, 7},
+};
 
 constexpr int kWgmmaCapability = 90;
 
@@ -60,7 +64,7 @@ bool fits(int tuning, const GemmDevice& device) {
 template <size_t kCount>
 int choose(const Choice (&choices)[kCount], const GemmProblem& p, const GemmDevice& device) {
     for (const Choice& choice : choices) {
-        const bool meant = p.M <= choice.tokens && p.N * p.K >= choice.weights;
+        const bool meant = p.M <= choice.tokens && p.N * p.K >= choice.weights && p.N >= choice.rows;
         if (meant && fits(choice.tuning, device)) return choice.tuning;
     }
     return kNone;

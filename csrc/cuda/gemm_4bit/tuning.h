@@ -12,14 +12,18 @@ struct MmaTuning {
     int warps;        // of a CTA; they share out K, 256 each at a time
     int row_tiles;    // of 16 rows, between two reductions over the warps
     int stages;       // of a warp's ring of weights in flight
+    int together;     // blocks that are decoded together, as far as registers suffice
 };
 
 constexpr MmaTuning kMmaTunings[] = {
-    {1, 16, 7, 2},  // 0
-    {1, 8, 4, 2},   // 1
-    {2, 8, 7, 4},   // 2
-    {2, 8, 3, 2},   // 3
-    {4, 8, 2, 3},   // 4
+    {1, 16, 7, 2, 2},  // 0
+    {1, 8, 4, 2, 2},   // 1
+    {2, 8, 7, 4, 4},   // 2
+    {2, 8, 14, 3, 4},  // 3
+    {2, 8, 3, 2, 4},   // 4
+    {3, 8, 7, 4, 1},   // 5
+    {4, 8, 6, 3, 1},   // 6
+    {4, 8, 2, 3, 1},   // 7
 };
 
 constexpr int kMmaTuningCount = sizeof(kMmaTunings) / sizeof(kMmaTunings[0]);
