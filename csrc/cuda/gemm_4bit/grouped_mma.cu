@@ -11,29 +11,18 @@ namespace bnb {
 
 namespace {
 
-constexpr int kProgrammaticLaunch = 90;  // compute capability from which on it exists
-
 template <class T, bool kTransposed, int kTuning>
 void launch(const GroupedGemm4bit& problem, const Device& device, cudaStream_t stream) {
     constexpr GroupedTuning t = GroupedShape<kTransposed, kTuning>::t;
-    constexpr int kBytes = GroupedShared(t, kTransposed).bytes();
     static std::atomic<uint64_t> allowed{0};
-    const auto kernel = gemm_4bit_grouped_mma_kernel<T, kTransposed, kTuning>;
-    allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, device.ordinal, allowed);
-
     const int64_t units = most_grouped_units(problem, t.tokens(), t.outputs(), kTransposed ? problem.K : problem.N);
     const int64_t most = int64_t(device.multiprocessors) * t.ctas;
     require(
         units < (int64_t(1) << 31) - most, "too many rows and outputs for one launch: ", units, " blocks of threads");
-    cudaLaunchAttribute attribute = programmatic_launch();
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(std::min(units, most)));
-    config.blockDim = dim3(t.threads());
-    config.dynamicSmemBytes = kBytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = device.capability >= kProgrammaticLaunch ? 1 : 0;
-    check(cudaLaunchKernelEx(&config, kernel, problem), "gemm_4bit_grouped_mma_kernel");
+    const dim3 grid(static_cast<unsigned>(std::min(units, most)));
+    const Launch how = {
+        "gemm_4bit_grouped_mma_kernel", grid, t.threads(), GroupedShared(t, kTransposed).bytes(), allowed};
+    launch_early(gemm_4bit_grouped_mma_kernel<T, kTransposed, kTuning>, how, device, stream, problem);
 }
 
 // The widest tile whose rows an expert's rows fill on average; more rows take several tiles, fewer waste some.

@@ -18,12 +18,33 @@ inline void allow_shared_memory(const void* kernel, int bytes, int device, std::
     done.fetch_or(bit, std::memory_order_relaxed);
 }
 
-// Start before the predecessor has ended; the kernel waits itself.
-inline cudaLaunchAttribute programmatic_launch() {
+constexpr int kProgrammaticLaunch = 90;  // the compute capability that brought it
+
+// How a kernel is launched. `allowed` remembers, for this kernel, the devices that were asked for the shared memory.
+struct Launch {
+    const char* name;
+    dim3 grid;
+    int threads, shared_bytes;
+    std::atomic<uint64_t>& allowed;
+};
+
+// Start a kernel before its predecessor has ended, where the device can: the kernel waits itself.
+template <class... Parameters, class... Arguments>
+void launch_early(
+    void (*kernel)(Parameters...), const Launch& launch, const Device& device, cudaStream_t stream,
+    const Arguments&... arguments) {
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), launch.shared_bytes, device.ordinal, launch.allowed);
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    return attribute;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = launch.grid;
+    config.blockDim = dim3(launch.threads);
+    config.dynamicSmemBytes = launch.shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = device.capability >= kProgrammaticLaunch ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), launch.name);
 }
 
 // Call body with a number below kCount as a constant.

@@ -11,16 +11,10 @@ namespace bnb {
 
 namespace {
 
-constexpr int kProgrammaticLaunch = 90;  // the compute capability that brought it
-
 template <class T, bool kNested, int kTuning>
 void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) {
     constexpr MmaTuning t = kMmaTunings[kTuning];
     static std::atomic<uint64_t> allowed{0};
-    const auto kernel = gemm_4bit_mma_kernel<T, kNested, kTuning>;
-    constexpr int kBytes = MmaShared(t, kNested).bytes();
-    allow_shared_memory(reinterpret_cast<const void*>(kernel), kBytes, device.ordinal, allowed);
-
     const int tiles = (problem.N + kMmaRows - 1) / kMmaRows;
     const int ctas = std::min(tiles, device.multiprocessors);
     MmaSplit split;
@@ -31,15 +25,8 @@ void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) 
     split.chunk_tiles = (most_tiles + chunks - 1) / chunks;
     split.groups = (problem.K + kMmaK - 1) / kMmaK;
     split.passes = (split.groups + t.warps - 1) / t.warps;
-    cudaLaunchAttribute attributes[1] = {};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(ctas);
-    config.blockDim = dim3(t.warps * 32);
-    config.dynamicSmemBytes = kBytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    if (device.capability >= kProgrammaticLaunch) attributes[config.numAttrs++] = programmatic_launch();
-    check(cudaLaunchKernelEx(&config, kernel, problem, split), "gemm_4bit_mma_kernel");
+    const Launch how = {"gemm_4bit_mma_kernel", dim3(ctas), t.warps * 32, MmaShared(t, kNested).bytes(), allowed};
+    launch_early(gemm_4bit_mma_kernel<T, kNested, kTuning>, how, device, stream, problem, split);
 }
 
 }  // namespace

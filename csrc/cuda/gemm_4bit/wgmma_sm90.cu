@@ -13,24 +13,6 @@ namespace {
 
 constexpr int kCapability = 90;
 
-// Start a kernel before its predecessor has ended; it waits itself. `allowed` remembers the devices that were asked for
-// the shared memory.
-template <class... Parameters, class... Arguments>
-void launch_early(
-    void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int device, std::atomic<uint64_t>& allowed,
-    cudaStream_t stream, const char* name, const Arguments&... arguments) {
-    allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes, device, allowed);
-    cudaLaunchAttribute attribute = programmatic_launch();
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
-}
-
 // The kernels before and after the product ask for shared memory that they do not need: or their CTAs would crowd on
 // the few multiprocessors that are idle when they start, instead of waiting for all, and would make a multiprocessor
 // change how it divides its memory. So many of them fit one:
@@ -38,27 +20,28 @@ constexpr int kForThree = 64 * 1024, kForEight = 24 * 1024;
 
 template <int kTuning>
 void arrange_tokens(
-    const Gemm4bit& problem, const WgmmaWorkspace& room, const WgmmaSplit& split, int device, cudaStream_t stream) {
+    const Gemm4bit& problem, const WgmmaWorkspace& room, const WgmmaSplit& split, const Device& device,
+    cudaStream_t stream) {
     constexpr int kTokens = kWgmmaTunings[kTuning].tokens;
     static std::atomic<uint64_t> allowed{0};
     const int64_t units = room.of_tile * kMmaBlocks;
     const int64_t ctas = std::max((units * 2 * kTokens + kArrangeThreads - 1) / kArrangeThreads, room.ctas);
-    launch_early(
-        arrange_tokens_kernel<kTuning>, dim3(grid_size(ctas), static_cast<unsigned>(room.token_tiles)), kArrangeThreads,
-        kForThree, device, allowed, stream, "arrange_tokens_kernel", problem, split, units);
+    const dim3 grid(grid_size(ctas), static_cast<unsigned>(room.token_tiles));
+    const Launch how = {"arrange_tokens_kernel", grid, kArrangeThreads, kForThree, allowed};
+    launch_early(arrange_tokens_kernel<kTuning>, how, device, stream, problem, split, units);
 }
 
 template <class T, int kTuning>
 void finish(
-    const Gemm4bit& problem, const WgmmaWorkspace& room, const WgmmaSplit& split, int device, cudaStream_t stream) {
+    const Gemm4bit& problem, const WgmmaWorkspace& room, const WgmmaSplit& split, const Device& device,
+    cudaStream_t stream) {
     constexpr WgmmaTuning t = kWgmmaTunings[kTuning];
     static std::atomic<uint64_t> allowed{0};
     constexpr int kWarps = t.rows() / 16 * (t.tokens / 8 / kFinishQuads), kCtas = kWarps * 32 / kFinishThreads;
     static_assert(kCtas * kFinishThreads == kWarps * 32 && t.tokens / 8 % kFinishQuads == 0, "warps fill CTAs");
     const auto tiles = static_cast<unsigned>(std::min(room.stages / room.of_tile, room.ctas - 1));
-    launch_early(
-        gemm_4bit_wgmma_finish_kernel<T, kTuning>, dim3(kCtas, tiles), kFinishThreads, kForEight, device, allowed,
-        stream, "gemm_4bit_wgmma_finish_kernel", problem, split);
+    const Launch how = {"gemm_4bit_wgmma_finish_kernel", dim3(kCtas, tiles), kFinishThreads, kForEight, allowed};
+    launch_early(gemm_4bit_wgmma_finish_kernel<T, kTuning>, how, device, stream, problem, split);
 }
 
 template <class T, bool kNested, int kTuning>
@@ -70,11 +53,11 @@ void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) 
     split.each = static_cast<int>(room.each);
     split.all = static_cast<int>(room.stages);
     split.parts = static_cast<char*>(problem.workspace) + room.arranged;
-    arrange_tokens<kTuning>(problem, room, split, device.ordinal, stream);
-    launch_early(
-        gemm_4bit_wgmma_kernel<T, kNested, kTuning>, dim3(grid_size(room.ctas)), t.threads(),
-        WgmmaShared(t, kNested).bytes(), device.ordinal, allowed, stream, "gemm_4bit_wgmma_kernel", problem, split);
-    if (room.shares_tiles()) finish<T, kTuning>(problem, room, split, device.ordinal, stream);
+    arrange_tokens<kTuning>(problem, room, split, device, stream);
+    const Launch how = {
+        "gemm_4bit_wgmma_kernel", dim3(grid_size(room.ctas)), t.threads(), WgmmaShared(t, kNested).bytes(), allowed};
+    launch_early(gemm_4bit_wgmma_kernel<T, kNested, kTuning>, how, device, stream, problem, split);
+    if (room.shares_tiles()) finish<T, kTuning>(problem, room, split, device, stream);
 }
 
 }  // namespace
