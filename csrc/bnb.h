@@ -32,6 +32,9 @@
 #define BNB_GEMM_SIMT -2
 #define BNB_GEMM_FUSED -3
 
+/* Rows of A beyond which the plan is always to decode the weight. */
+#define BNB_GEMM_MOST_FUSED_ROWS 1024
+
 #ifdef __cplusplus
 extern "C" {
 #endif

@@ -57,12 +57,22 @@ def test_what_tensor_cores_do_not_take_goes_through_the_plain_kernel_while_token
 
 
 def test_many_tokens_use_the_dense_matmul():
-    for M in (513, 1024, 4096, 2**33):
+    for M in (ABI.constants["BNB_GEMM_MOST_FUSED_ROWS"] + 1, 4096, 2**33):
         assert plan(M, 14336, 4096) == dequantize()
+    for M in (33, 1024, 4096):
         assert plan(M, 14336, 4096, gpu=A100) == dequantize()
-    # A small layer pays for whole tiles of 256 tokens only where two of them are nearly full.
-    assert plan(257, 4096, 4096) == plan(384, 4096, 4096) == plan(512, 1024, 4096) == dequantize()
-    assert plan(385, 4096, 4096) == plan(512, 4096, 4096) >= 0
+    # A small layer pays for whole tiles of tokens only where they are nearly full.
+    for M in (257, 384, 513, 640):
+        assert plan(M, 4096, 4096) == dequantize()
+    for M in (385, 512, 641, 768, 1024):
+        assert plan(M, 4096, 4096) >= 0
+        assert plan(M, 1024, 4096) == dequantize()
+
+
+def test_tokens_that_the_cache_does_not_hold_use_the_dense_matmul():
+    assert plan(1024, 8192, 28672) >= 0
+    assert plan(1024, 8192, 2 * 28672) == dequantize()
+    assert plan(512, 8192, 2 * 28672) >= 0
 
 
 @pytest.mark.parametrize(("N", "K"), LAYERS)

@@ -1,4 +1,4 @@
-"""The 4-bit matmul on CUDA: up to a few hundred tokens the kernels read the 4 bits themselves; for more the weight is
+"""The 4-bit matmul on CUDA: up to about a thousand tokens the kernels read the 4 bits themselves; for more the weight is
 decoded once and torch multiplies.
 
 Which of the two is the native library's decision (``bnb_cuda_gemm_4bit_plan``), asked once for each problem. Nothing
@@ -23,7 +23,7 @@ __all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn", "aligned"]
 _HAS_GEMM = has_native("bnb_cuda_gemm_4bit")
 
 # Rows up to which a fused 4-bit matmul may be chosen; 0 while there is none.
-_gemm_4bit_custom_max_m: int = 512 if _HAS_GEMM else 0
+_gemm_4bit_custom_max_m: int = ABI.constants["BNB_GEMM_MOST_FUSED_ROWS"] if _HAS_GEMM and ABI else 0
 
 _ALIGNMENT = 16  # of what the fused kernel reads in vectors
 _ANY_FORMAT = next(iter(FORMAT_ID.values()), None)  # where a codebook is given

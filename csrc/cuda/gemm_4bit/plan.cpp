@@ -31,10 +31,18 @@ constexpr int wgmma(int tuning) { return kMmaTuningCount + tuning; }
 constexpr int64_t kFirstWgmmaTokens = 25;
 
 constexpr Choice kWgmmaChoices[] = {
-    {32, kLarge, wgmma(0)},  {32, 0, 6},         {64, kLarge, wgmma(1)},   {64, 0, wgmma(2)},
-    {128, kHuge, wgmma(3)},  {128, 0, wgmma(4)}, {256, kLarge, wgmma(5)},  {256, 0, wgmma(4)},
-    {384, kLarge, wgmma(3)}, {384, 0, kNone},    {512, kMedium, wgmma(5)},
+    {32, kLarge, wgmma(0)},    {32, 0, 6},
+    {64, kLarge, wgmma(1)},    {64, 0, wgmma(2)},
+    {128, kHuge, wgmma(3)},    {128, 0, wgmma(4)},
+    {256, kLarge, wgmma(5)},   {256, 0, wgmma(4)},
+    {384, kLarge, wgmma(3)},   {384, 0, kNone},
+    {512, kMedium, wgmma(5)},  {1024, kLarge, wgmma(5)},
+    {640, 0, kNone},           {768, kMedium, wgmma(3)},
+    {1024, kMedium, wgmma(5)},
 };
+
+// Values of A. More do not stay in L2, and the kernel would read them from memory again and again.
+constexpr int64_t kMostWgmmaInputs = int64_t(32) << 20;
 
 constexpr Choice kMmaChoices[] = {
     {8, 0, 0}, {8, 0, 1}, {16, 0, 3, kManyRows}, {16, 0, 2}, {16, 0, 4}, {24, 0, 5}, {32, 0, 6}, {32, 0, 7},
@@ -60,6 +68,15 @@ bool fits(int tuning, const GemmDevice& device) {
     if (tuning >= kMmaTuningCount) return device.capability == kWgmmaCapability;
     return MmaShared(kMmaTunings[tuning], true).bytes() <= shared_memory_kb(device.capability) * 1024;
 }
+
+template <size_t kCount>
+constexpr int64_t most_tokens(const Choice (&choices)[kCount]) {
+    int64_t most = 0;
+    for (const Choice& choice : choices) most = choice.tokens > most ? choice.tokens : most;
+    return most;
+}
+
+static_assert(most_tokens(kWgmmaChoices) == BNB_GEMM_MOST_FUSED_ROWS, "bnb.h tells callers");
 
 template <size_t kCount>
 int choose(const Choice (&choices)[kCount], const GemmProblem& p, const GemmDevice& device) {
@@ -89,6 +106,7 @@ bool can_multiply_with_mma(const GemmProblem& p) {
 int plan_gemm_4bit(const GemmProblem& problem, const GemmDevice& device, bool workspace) {
     if (can_multiply_with_mma(problem)) {
         const bool wgmma = workspace && device.capability == kWgmmaCapability && problem.M >= kFirstWgmmaTokens;
+        if (wgmma && problem.M > kMostWgmmaInputs / problem.K) return kNone;
         const int tuning = wgmma ? choose(kWgmmaChoices, problem, device) : choose(kMmaChoices, problem, device);
         if (tuning != kNone) return tuning;
     }

@@ -154,7 +154,7 @@ def gemm(gpu: Gpu) -> Iterator[tuple]:
     for size, nested, dtype in product(SIZES[:6], (False, True), FLOATS):
         yield from ((multiply, dtype, M, size, nested, fused) for M in (1, 9, 33))
         yield multiply, dtype, 2, size, nested, fused, 1
-    for size, M in product(SIZES[:6], (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 257)):
+    for size, M in product(SIZES[:6], (1, 8, 9, 16, 17, 24, 25, 32, 33, 64, 65, 128, 129, 257)):
         yield plan, M, size
 
 
