@@ -19,6 +19,7 @@
 #include "../vector_io.cuh"
 #include "async.cuh"
 #include "grouped_units.cuh"
+#include "mma_instructions.cuh"
 
 namespace bnb {
 
@@ -32,32 +33,6 @@ struct GroupedShape {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
 extern __shared__ __align__(1024) char grouped_shared[];
-
-// ---- instructions ----
-
-template <class T>
-__device__ __forceinline__ void add_product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    } else {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t round_pair(float low, float high) {
-    uint32_t pair;
-    if constexpr (std::is_same_v<T, BFloat16>) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    } else {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    }
-    return pair;
-}
 
 // A pair of values for each byte at the beginning of shared memory, 128 bytes of copies: lanes meet in no bank. A copy
 // is 4 bytes, or 8 for the lanes of half a warp.
@@ -333,10 +308,10 @@ __device__ __forceinline__ void decode_transposed(
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            operands.a[i][j][0] = round_pair<T>(values[0][i].x, values[1][i].x);
-            operands.a[i][j][1] = round_pair<T>(values[0][i].y, values[1][i].y);
-            operands.a[i][j][2] = round_pair<T>(values[2][i].x, values[3][i].x);
-            operands.a[i][j][3] = round_pair<T>(values[2][i].y, values[3][i].y);
+            operands.a[i][j][0] = pair_of<T>(values[0][i].x, values[1][i].x);
+            operands.a[i][j][1] = pair_of<T>(values[0][i].y, values[1][i].y);
+            operands.a[i][j][2] = pair_of<T>(values[2][i].x, values[3][i].x);
+            operands.a[i][j][3] = pair_of<T>(values[2][i].y, values[3][i].y);
         }
     }
 }
@@ -362,8 +337,8 @@ __device__ __forceinline__ void multiply(
             float (&to)[4] = kScaled ? block : sums[n][i];
 #pragma unroll
             for (int j = 0; j < kSteps / 2; ++j) {
-                add_product<T>(to, operands.a[i][2 * j], rows[j].x, rows[j].y);
-                add_product<T>(to, operands.a[i][2 * j + 1], rows[j].z, rows[j].w);
+                multiply_add<T>(to, operands.a[i][2 * j], rows[j].x, rows[j].y);
+                multiply_add<T>(to, operands.a[i][2 * j + 1], rows[j].z, rows[j].w);
             }
             if constexpr (kScaled) {
 #pragma unroll
@@ -463,7 +438,7 @@ __global__ void __launch_bounds__(
         if constexpr (kTransposed) {
             return make_float2(p.values[high], p.values[low]);
         } else {
-            return round_pair<T>(p.values[high], p.values[low]);
+            return pair_of<T>(p.values[high], p.values[low]);
         }
     });
     wait_for_predecessor();

@@ -1,14 +1,11 @@
 // Decoding 4-bit codes to operands of tensor cores: a table of pairs of values in shared memory, indexed by a byte.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstring>
 #include <type_traits>
 
 #include "../vector_io.cuh"
 #include "async.cuh"
+#include "mma_instructions.cuh"
 #include "tuning.h"
 
 namespace bnb {
@@ -16,14 +13,6 @@ namespace bnb {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
 extern __shared__ __align__(1024) char mma_shared[];
-
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-    const T pair[2] = {round_to<T>(low), round_to<T>(high)};
-    uint32_t bits;
-    memcpy(&bits, pair, sizeof(bits));
-    return bits;
-}
 
 // A factor for pairs of values, in two parts, so that a product is rounded but the factor is not.
 template <class T>
