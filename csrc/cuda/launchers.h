@@ -41,10 +41,10 @@ void dequantize_blockwise(
     const float* code, const uint8_t* codes, const float* absmax, T* values, int64_t n, int64_t blocksize,
     cudaStream_t stream);
 
-// float16 or bfloat16, in one of the shapes of gemm_4bit/tuning.h.
+// float16 or bfloat16, in one of the shapes of gemm_4bit/tuning.h, which has so many tokens for each launch.
 void gemm_4bit_mma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaStream_t stream);
 
-// The same on compute capability 9.0, for any number of tokens; problem.arranged has room for them.
+// The same on compute capability 9.0, for any number of tokens; problem.workspace has room for them.
 void gemm_4bit_wgmma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaStream_t stream);
 
 // Any problem, for few tokens.

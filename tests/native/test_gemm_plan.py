@@ -59,7 +59,7 @@ def test_what_tensor_cores_do_not_take_goes_through_the_plain_kernel_while_token
 def test_many_tokens_use_the_dense_matmul():
     for M in (ABI.constants["BNB_GEMM_MOST_FUSED_ROWS"] + 1, 4096, 2**33):
         assert plan(M, 14336, 4096) == dequantize()
-    for M in (33, 1024, 4096):
+    for M in (65, 1024, 4096):
         assert plan(M, 14336, 4096, gpu=A100) == dequantize()
     # A small layer pays for whole tiles of tokens only where they are nearly full.
     for M in (257, 384, 513, 640):
@@ -79,7 +79,16 @@ def test_tokens_that_the_cache_does_not_hold_use_the_dense_matmul():
 def test_warpgroups_multiply_what_lies_between_few_and_many(N, K):
     for M in (33, 64, 65, 128, 129, 256):
         assert plan(M, N, K) >= 0
-        assert plan(M, N, K, gpu=A100) == plan(M, N, K, gpu=(100, 148)) == dequantize()
+
+
+@pytest.mark.parametrize("gpu", [A100, (86, 84), (89, 128), (100, 148), (120, 170)])
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+def test_without_warpgroups_the_weight_is_read_again_rather_than_decoded_for_some_tokens_more(N, K, gpu):
+    for M in (1, 9, 17, 33, 64):
+        assert plan(M, N, K, gpu=gpu) >= 0
+        assert workspace(M, N, K, plan(M, N, K, gpu=gpu)) == 0
+    for M in (65, 256, 1024):
+        assert plan(M, N, K, gpu=gpu) == dequantize()
 
 
 def workspace(M, N, K, tuning, multiprocessors=132):

@@ -4,7 +4,7 @@
 // K; its warps share out K, 256 at a time, which is one 128-byte line of each packed row. A line travels through the
 // warp's own ring in shared memory, so no warp waits for another before the one reduction at the end of a chunk of
 // tiles. Until then each warp's sums lie in shared memory too, which leaves registers for the tokens. The order of the
-// sums is fixed: results do not change from run to run.
+// sums is fixed: results do not change from run to run. Tokens that a tuning has no room for take another launch.
 //
 // The plain layout needs no repacking: inside 64 consecutive k, lane t of a quad takes the packed bytes 8t .. 8t + 7
 // of its row, and the tokens in the same order, k = 16t .. 16t + 15. Every byte is then one pair of operands, which a

@@ -34,11 +34,16 @@ void launch(const Gemm4bit& problem, const Device& device, cudaStream_t stream) 
 void gemm_4bit_mma(const Gemm4bit& problem, bnb_dtype dtype, int tuning, cudaStream_t stream) {
     const Device device = current_device();
     require(tuning >= 0 && tuning < kMmaTuningCount, "no such tuning: ", tuning);
-    const MmaTuning& t = kMmaTunings[tuning];
-    require(
-        problem.M <= 8 * t.token_tiles, "tuning ", tuning, " takes ", 8 * t.token_tiles, " tokens, got ", problem.M);
+    const int tokens = 8 * kMmaTunings[tuning].token_tiles;
     visit_kernel<kMmaTuningCount>(problem, dtype, tuning, [&](auto value, auto nested, auto number) {
-        launch<decltype(value), decltype(nested)::value, decltype(number)::value>(problem, device, stream);
+        using T = decltype(value);
+        Gemm4bit part = problem;
+        for (int first = 0; first < problem.M; first += tokens) {
+            part.A = static_cast<const T*>(problem.A) + int64_t(first) * problem.K;
+            part.out = static_cast<T*>(problem.out) + int64_t(first) * problem.N;
+            part.M = std::min(tokens, problem.M - first);
+            launch<T, decltype(nested)::value, decltype(number)::value>(part, device, stream);
+        }
     });
 }
 

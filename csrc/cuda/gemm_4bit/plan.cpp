@@ -44,8 +44,9 @@ constexpr Choice kWgmmaChoices[] = {
 // Values of A. More do not stay in L2, and the kernel would read them from memory again and again.
 constexpr int64_t kMostWgmmaInputs = int64_t(32) << 20;
 
+// For more than its tokens a kernel reads the weight again, which up to 64 is less than writing and reading it decoded.
 constexpr Choice kMmaChoices[] = {
-    {8, 0, 0}, {8, 0, 1}, {16, 0, 3, kManyRows}, {16, 0, 2}, {16, 0, 4}, {24, 0, 5}, {32, 0, 6}, {32, 0, 7},
+    {8, 0, 0}, {8, 0, 1}, {16, 0, 3, kManyRows}, {16, 0, 2}, {16, 0, 4}, {24, 0, 5}, {64, 0, 6}, {64, 0, 7}, {64, 0, 4},
 };
 
 constexpr int kWgmmaCapability = 90;
