@@ -63,19 +63,19 @@ def check_storage(dtype: torch.dtype, name: str) -> None:
 
 
 def check_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
-    if tensor.dtype != dtype:
+    if tensor.dtype is not dtype:
         raise ArgumentError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
 
 
 def check_same_device(reference: Tensor, name: str = "A", /, **tensors: Tensor | None) -> None:
     """Every given tensor must be where ``reference``, the argument ``name``, is. Paged memory is everywhere."""
-    device, on_cpu = reference.device, reference.is_cpu
+    on_cpu = reference.is_cpu
     for argument, tensor in tensors.items():
         if tensor is None or (on_cpu and tensor.is_cpu):  # an attribute is quicker than a device object
             continue
-        if tensor.device != device and not getattr(tensor, "is_paged", False):
+        if tensor.device != reference.device and not getattr(tensor, "is_paged", False):
             raise ArgumentError(
-                f"{argument} must be on the same device as {name} ({device}), got {tensor.device}"
+                f"{argument} must be on the same device as {name} ({reference.device}), got {tensor.device}"
             )
 
 
@@ -92,7 +92,7 @@ def check_absmax(absmax: Tensor, numel: int, blocksize: int) -> None:
 
 def check_packed(packed: Tensor, numel: int, name: str) -> None:
     """``packed`` must hold half a byte for each of ``numel`` elements, in any storage dtype."""
-    held = packed.numel() * packed.element_size()
+    held = packed.numel() * packed.element_size()  # nbytes does not know symbolic sizes
     if held < (numel + 1) // 2:
         raise ArgumentError(
             f"{name} must hold at least {(numel + 1) // 2} bytes for {numel} 4-bit values, got {held}"

@@ -130,7 +130,10 @@ class Operator:
         self._tensor_positions = [
             i for i, text in enumerate(arguments.split(", ")) if text.startswith("Tensor")
         ]
-        self._pick_tensors: dict[int, Callable[[tuple], Sequence[Any]]] = {}
+        several = len(self._tensor_positions) > 1  # of one position itemgetter makes no tuple
+        self._tensors: Callable[[tuple], Sequence[Any]] = (
+            itemgetter(*self._tensor_positions) if several else lambda args: [args[self._position_of_tensor]]
+        )
         self._outs = tuple(out)
 
         _LIBRARY.define(schema)
@@ -167,7 +170,9 @@ class Operator:
         """The kernel that the dispatcher would find; None where it has to be asked, of tensors at ``unknown`` or all."""
         if not _unobserved():
             return None
-        tensors = self._tensors(args) if unknown is None else [args[i] for i in unknown if i < len(args)]
+        if len(args) < self._arity:
+            args = self._complete(args)
+        tensors = self._tensors(args) if unknown is None else [args[i] for i in unknown]
         if not _plain(tensors, torch.is_grad_enabled()):
             return None
         first = args[self._position_of_tensor]
@@ -176,17 +181,6 @@ class Operator:
             self._direct[device] = self._find_kernel(device)
         kernel, names = self._direct[device]
         return kernel if names.isdisjoint(_FOREIGN_KERNELS) else None  # type: ignore[arg-type]
-
-    def _tensors(self, args: tuple) -> Sequence[Any]:
-        """The arguments that may be tensors; trailing ones may have been left out."""
-        count = len(args)
-        if count not in self._pick_tensors:
-            positions = [i for i in self._tensor_positions if i < count]
-            several = len(positions) > 1  # of one position itemgetter makes no tuple
-            self._pick_tensors[count] = (
-                itemgetter(*positions) if several else lambda args: [args[positions[0]]]
-            )
-        return self._pick_tensors[count](args)
 
     def _find_kernel(self, device: str) -> tuple[Callable | None, frozenset[str]]:
         """Our kernel for a device type, and the names under which a third party would have replaced it."""
@@ -217,7 +211,7 @@ class Operator:
         return self._eager(self.kernels[device])(*args)
 
     def _complete(self, args: tuple) -> tuple:
-        return args if len(args) == self._arity else args + self._defaults[len(args) :]
+        return args + self._defaults[len(args) :]
 
     def _allocate(self, args: tuple, results: Any) -> Any:
         if results is None:
@@ -235,7 +229,7 @@ class Operator:
             if not shape:
                 return first.new_empty(shape, dtype=dtype)
             # Sizes one by one and no dtype are parsed sooner.
-            return first.new_empty(*shape) if dtype == first.dtype else first.new_empty(*shape, dtype=dtype)
+            return first.new_empty(*shape) if dtype is first.dtype else first.new_empty(*shape, dtype=dtype)
         if results is None:
             return None
         return tuple(first.new_empty(shape, dtype=dtype) for shape, dtype in results)
@@ -257,19 +251,22 @@ class Operator:
         self._given_outs(args)
 
     def _eager(self, fill: Callable, allocate: Callable | None = None) -> Callable:
-        check, complete, allocate = self.check, self._complete, allocate or self._allocate
+        check, complete, arity = self.check, self._complete, self._arity
+        allocate = allocate or self._allocate
 
         if self._returns:
 
             def run(*args):
-                args = complete(args)
+                if len(args) < arity:
+                    args = complete(args)
                 check(*args)
                 return fill(*args)
 
         else:
 
             def run(*args):
-                args = complete(args)
+                if len(args) < arity:
+                    args = complete(args)
                 results = allocate(args, check(*args))
                 if results is None:
                     fill(*args)

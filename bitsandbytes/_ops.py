@@ -179,8 +179,8 @@ def _check_matmul_4bit(A: Tensor, B: Tensor, shapeB, blocksize) -> Result:
     if len(shapeB) != 2:
         raise ArgumentError(f"shapeB must be 2D [N, K], got {list(shapeB)}")
     N, K = shapeB
-    shape = A.shape
-    if len(shape) < 1 or shape[-1] != K:
+    shape = list(A.shape)  # a torch.Size costs more to look into
+    if not shape or shape[-1] != K:
         raise ArgumentError(
             f"A inner dim ({shape[-1] if shape else None}) must match shapeB ({list(shapeB)})"
         )
@@ -191,8 +191,8 @@ def _check_matmul_4bit(A: Tensor, B: Tensor, shapeB, blocksize) -> Result:
         )
     check_blocksize(blocksize)
     check_packed(B, N * K, "B")
-    *outer, _ = shape  # a slice of torch.Size costs more
-    return Result((*outer, N), A.dtype)
+    shape[-1] = N
+    return Result(shape, A.dtype)
 
 
 @operator(
@@ -232,7 +232,7 @@ def gemm_4bit(
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != N:
             raise ArgumentError(f"bias must be 1D and bias length ({tuple(bias.shape)}) must match N ({N})")
-        if bias.dtype != A.dtype:
+        if bias.dtype is not A.dtype:
             raise ArgumentError(f"bias dtype ({bias.dtype}) must match A's dtype ({A.dtype})")
     return result
 

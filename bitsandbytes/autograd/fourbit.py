@@ -89,14 +89,15 @@ def _gemm(A: Tensor, B: Tensor, bias: Tensor | None, quant_state: QuantState) ->
     if A.numel() == 0 and A.dim() > 0 and A.shape[-1] == shape[1]:
         product = A.new_zeros((*A.shape[:-1], shape[0]))
         return product if bias is None else product + bias
-    absmax, *nested = _statistics(quant_state)
-    return gemm_4bit(A, B, shape, absmax, quant_state.blocksize, quant_state.quant_type, bias, *nested)
+    absmax, absmax_8bit, code, offset = _statistics(quant_state)
+    blocksize, quant_type = quant_state.blocksize, quant_state.quant_type
+    return gemm_4bit(A, B, shape, absmax, blocksize, quant_type, bias, absmax_8bit, code, offset)
 
 
-def _statistics(quant_state: QuantState) -> tuple[Tensor, ...]:
-    """``absmax``, or for nested statistics ``absmax, absmax_8bit, absmax_code, absmax_offset``."""
+def _statistics(quant_state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``absmax, absmax_8bit, absmax_code, absmax_offset``; only nested statistics have the last three."""
     if not quant_state.nested:
-        return (_float32(quant_state.absmax),)
+        return _float32(quant_state.absmax), None, None, None
     second = quant_state.state2
     if second.blocksize != NESTED_BLOCKSIZE:
         raise NotImplementedError(
@@ -106,7 +107,7 @@ def _statistics(quant_state: QuantState) -> tuple[Tensor, ...]:
 
 
 def _float32(statistics: Tensor) -> Tensor:
-    return statistics if statistics.dtype == torch.float32 else statistics.float()
+    return statistics if statistics.dtype is torch.float32 else statistics.float()
 
 
 def _decoded(B: Tensor, quant_state: QuantState) -> Tensor:

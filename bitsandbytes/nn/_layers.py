@@ -124,7 +124,7 @@ def parameter_of(module: nn.Module, name: str) -> Any:
 def bias_as(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
     """The layer's bias in ``dtype``. The parameter itself is cast, as programs expect; saving still writes the original."""
     bias = parameter_of(module, "bias")
-    if bias is None or bias.dtype == dtype:
+    if bias is None or bias.dtype is dtype:
         return bias
     if torch.compiler.is_compiling():
         return bias.to(dtype)

@@ -97,14 +97,15 @@ class Linear4bit(nn.Linear):
         if quant_state is None:
             quant_state = quant_state_of(self)
             weight = self.weight  # which that may have replaced
-        if not x.is_floating_point():
-            raise ArgumentError(f"x must be a floating-point tensor, got {x.dtype}")
+        dtype = x.dtype
+        if not dtype.is_floating_point:
+            raise ArgumentError(f"x must be a floating-point tensor, got {dtype}")
         if not self.compute_type_is_set:
             self.set_compute_type(x)
             self.compute_type_is_set = True
-        dtype, compute_dtype = x.dtype, self.compute_dtype
+        compute_dtype = self.compute_dtype
         bias = bias_as(self, dtype if compute_dtype is None else compute_dtype)
-        if compute_dtype is None or compute_dtype == dtype:
+        if compute_dtype is None or compute_dtype is dtype:
             return matmul_4bit(x, weight, quant_state, bias=bias)
         return matmul_4bit(x.to(compute_dtype), weight, quant_state, bias=bias).to(dtype)
 

@@ -34,15 +34,20 @@ void stream_range(
     const WordPanels<Engine>& source, const uint32_t* activations, const Output<T>& output, int64_t first,
     int64_t last) {
     constexpr int kWeights = stream_weights(kRows);
-    const int64_t chunk = stream_steps(kRows) * Engine::kDepth, segments = source.segments(),
-                  padded = segments + kScales;
+    const int64_t chunk = stream_steps(kRows) * Engine::kDepth, segments = source.segments();
     const int64_t columns = (last - first + kWeights - 1) / kWeights * kWeights;
-    const bool direct = source.segment == source.blocksize && !source.scales.absmax_8bit;
-    const int64_t blocks = kWeights * source.depth / source.blocksize + 2;
-    const Scratch memory(static_cast<size_t>(columns * (kRows + 1) + kWeights * padded + blocks) * sizeof(float));
+    const bool direct = source.segment == source.blocksize;
+    const int64_t sums_size = columns * (kRows + 1), spread_size = direct ? 0 : columns * segments;
+    const int64_t expanded_size = source.expanded_scales(columns);
+    const Scratch memory(static_cast<size_t>(sums_size + spread_size + expanded_size) * sizeof(float));
     float* const sums = memory.as<float>();
-    float* const scales = sums + columns * (kRows + 1);
+    float* const spread = sums + sums_size;
     memset(sums, 0, static_cast<size_t>(columns * kRows) * sizeof(float));
+    const float* const blocks = source.block_scales(first, last - first, spread + spread_size);
+    for (int64_t row = first; row < last && !direct; ++row) {
+        source.segment_scales(blocks, first, row, 0, spread + (row - first) * segments, 1);
+    }
+    const float* const scales = direct ? blocks : spread;
     for (int64_t k = 0; k < source.depth; k += chunk) {
         const int64_t codes = source.depth - k < chunk ? source.depth - k : chunk;
         const int64_t vectors = codes / kVectorCodes, tail = codes % kVectorCodes;
@@ -51,17 +56,10 @@ void stream_range(
             WeightRows<kWeights> rows;
             rows.ahead = kWeights * source.depth / 2;
             const int64_t count = last - column < kWeights ? last - column : kWeights;
-            const float* const absmax =
-                direct ? nullptr : source.block_scales(column, count, scales + kWeights * padded);
             for (int64_t w = 0; w < kWeights; ++w) {
                 const int64_t row = column + (w < count ? w : count - 1);
                 rows.packed[w] = source.row_at(row) + k / 2;
-                rows.scales[w] = source.scales.absmax + row * segments;
-                if (!direct) {
-                    source.segment_scales(absmax, column, row, 0, scales + w * padded, 1);
-                    rows.scales[w] = scales + w * padded;
-                }
-                rows.scales[w] += k / source.segment;
+                rows.scales[w] = scales + (row - first) * segments + k / source.segment;
             }
             float* const target = sums + (column - first) * kRows;
             const int64_t segment = source.segment / kVectorCodes;

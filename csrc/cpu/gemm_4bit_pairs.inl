@@ -196,20 +196,22 @@ void dot_range(
     const WordPanels<PairEngine>& source, const PairActivations& a, const Output<T>& output, int64_t first,
     int64_t last, const Kernel& kernel) {
     const int64_t segments = source.segments(), groups = (a.rows + a.group - 1) / a.group;
-    const bool direct = source.segment == source.blocksize && !source.scales.absmax_8bit;
+    const bool direct = source.segment == source.blocksize;
     const int64_t sums_size = kBlockColumns / kWeights * groups * kWidth;
-    const int64_t scales_size = direct ? 0 : kBlockColumns * segments + source.expanded_scales();
-    const Scratch memory(static_cast<size_t>(sums_size + scales_size) * sizeof(float));
+    const int64_t spread_size = direct ? 0 : kBlockColumns * segments;
+    const int64_t expanded_size = source.expanded_scales(kBlockColumns);
+    const Scratch memory(static_cast<size_t>(sums_size + spread_size + expanded_size) * sizeof(float));
     float* const sums = memory.as<float>();
-    float* const scales = sums + sums_size;
+    float* const spread = sums + sums_size;
     HalfVector<kWeights> half;
     for (int64_t column = first; column < last; column += kBlockColumns) {
         const int64_t count = last - column < kBlockColumns ? last - column : kBlockColumns;
         memset(sums, 0, static_cast<size_t>(sums_size) * sizeof(float));
+        const float* const blocks = source.block_scales(column, count, spread + spread_size);
         for (int64_t c = 0; c < count && !direct; ++c) {
-            const float* const blocks = source.block_scales(column + c, 1, scales + kBlockColumns * segments);
-            source.segment_scales(blocks, column + c, column + c, 0, scales + c * segments, 1);
+            source.segment_scales(blocks, column, column + c, 0, spread + c * segments, 1);
         }
+        const float* const scales = direct ? blocks : spread;
         for (int64_t k = 0; k < source.depth; k += a.piece) {
             const int64_t codes = source.depth - k < a.piece ? source.depth - k : a.piece;
             for (int64_t c = 0; c < count; c += kWeights) {
@@ -218,9 +220,7 @@ void dot_range(
                 for (int64_t w = 0; w < kWeights; ++w) {
                     const int64_t row = c + w < count ? c + w : count - 1;
                     rows.packed[w] = source.row_at(column + row) + k / 2;
-                    rows.scales[w] =
-                        direct ? source.scales.absmax + (column + row) * segments : scales + row * segments;
-                    rows.scales[w] += k / kScaledCodes;
+                    rows.scales[w] = scales + row * segments + k / kScaledCodes;
                 }
                 float* const target = sums + c / kWeights * groups * kWidth;
                 const int64_t whole = codes / kVectorCodes;

@@ -69,7 +69,11 @@ struct WordPanels {
     int64_t columns, depth, blocksize, segment;
 
     int64_t segments() const { return depth / segment; }
-    int64_t expanded_scales() const { return scales.absmax_8bit ? kWidth * depth / blocksize + 2 : 0; }
+
+    // Floats that block_scales needs for so many rows.
+    int64_t expanded_scales(int64_t rows = kWidth) const {
+        return scales.absmax_8bit ? rows * depth / blocksize + 2 : 0;
+    }
 
     // Absmax of `rows` weight rows from `column` on, one a block, from the block of the first row's first value on.
     const float* block_scales(int64_t column, int64_t rows, float* expanded) const {

@@ -57,6 +57,13 @@ def test_a_direct_call_checks_its_arguments():
         _call(codes, stats[:2])
 
 
+def test_a_call_that_lacks_an_argument_gets_the_error_of_torch():
+    codes, _ = _arguments()
+
+    with pytest.raises(RuntimeError, match="missing value for argument 'stats'"):
+        _call(codes)
+
+
 def test_a_dispatch_mode_sees_the_operator():
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -98,28 +98,35 @@ def _dense_rows(dtype: torch.dtype) -> float:
 
 
 def _multiply(
-    A: Tensor, B: Tensor, shapeB, absmax: Tensor, code: Tensor, blocksize: int, bias, nested, out: Tensor
+    A: Tensor,
+    B: Tensor,
+    shapeB,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    bias,
+    absmax_8bit,
+    absmax_code,
+    absmax_offset,
+    out: Tensor,
 ) -> None:
-    """``nested`` holds absmax_8bit, absmax_code and absmax_offset, or three times None.
-
-    A call of a small layer is mostly this function, so it calls no other of ours.
-    """
-    A, B, absmax, code = A.contiguous(), B.contiguous(), absmax.contiguous(), code.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    absmax_8bit, absmax_code, absmax_offset = nested
-    second = (None, None, None)
+    """A call of a small layer is mostly this function, so it calls no other of ours."""
+    A, B, absmax = A.contiguous(), B.contiguous(), absmax.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     if absmax_8bit is not None:
         absmax_8bit, absmax_code = absmax_8bit.contiguous(), absmax_code.contiguous()
         if absmax_offset.dtype is not torch.float32:
             absmax_offset = absmax_offset.float()
-        second = absmax_8bit.data_ptr(), absmax_code.data_ptr(), absmax_offset.data_ptr()
     N, K = shapeB
     lib.bnb_cpu_gemm_4bit(
         A.data_ptr(),
         DTYPE_ID[A.dtype],
         B.data_ptr(),
         absmax.data_ptr(),
-        *second,
+        None if absmax_8bit is None else absmax_8bit.data_ptr(),
+        None if absmax_code is None else absmax_code.data_ptr(),
+        None if absmax_offset is None else absmax_offset.data_ptr(),
         code.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
@@ -171,19 +178,19 @@ def _decode_and_multiply(
 
 @_native_kernel(gemm_4bit, "bnb_cpu_gemm_4bit")
 def _(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset, out):
-    nested = absmax_8bit, absmax_code, absmax_offset
     most = _dense_rows(A.dtype)
     if most < math.inf and A.shape[:-1].numel() >= most:
         if absmax_8bit is not None:
-            absmax = expanded(absmax, *nested)
+            absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
         _decode_and_multiply(A, B, shapeB, absmax, quant_type, blocksize, bias, out)
     else:
-        _multiply(A, B, shapeB, absmax, _CODE[quant_type], blocksize, bias, nested, out)
+        code = _CODE[quant_type]
+        _multiply(A, B, shapeB, absmax, code, blocksize, bias, absmax_8bit, absmax_code, absmax_offset, out)
 
 
 @_native_kernel(gemv_4bit, "bnb_cpu_gemm_4bit")
 def _(A, B, shapeB, absmax, code, blocksize, out):
-    _multiply(A, B, shapeB, absmax, code, blocksize, None, (None, None, None), out)
+    _multiply(A, B, shapeB, absmax, code.contiguous(), blocksize, None, None, None, None, out)
 
 
 @_native_kernel(gemm_4bit_transposed, "bnb_cpu_gemm_4bit_transposed")
