@@ -13,7 +13,7 @@ namespace bnb {
 namespace {
 
 // The first line that the problem and the device fit counts. Measured on an H200:
-// benchmarking/results/2026-11-21-gemm-4bit-nvidia-h200.json.
+// benchmarking/results/2026-11-22-gemm-4bit-nvidia-h200.json.
 struct Choice {
     int64_t tokens;    // at most
     int64_t weights;   // N * K, at least
