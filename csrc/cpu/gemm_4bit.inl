@@ -13,12 +13,12 @@ BNB_NAMESPACE_BEGIN
 
 constexpr int64_t kMaxRows = 384;  // activations that share one decoded panel: they stay in the second-level cache
 
-template <class Engine, int kRows = kTileRows>
+template <class Engine, class Panel, int kRows = kTileRows>
 BNB_INLINE auto tile_kernel(int64_t rows) {
     if constexpr (kRows == 1) {
-        return &multiply_tile<Engine, 1>;
+        return &multiply_tile<Engine, Panel, 1>;
     } else {
-        return rows == kRows ? &multiply_tile<Engine, kRows> : tile_kernel<Engine, kRows - 1>(rows);
+        return rows == kRows ? &multiply_tile<Engine, Panel, kRows> : tile_kernel<Engine, Panel, kRows - 1>(rows);
     }
 }
 
@@ -90,13 +90,13 @@ void stream_range(
 }
 
 // One panel times all activations, added to sums [rows][kPanelColumns].
-template <class Engine>
+template <class Engine, class Panel>
 void multiply_panel(
-    const Activations& a, const uint32_t* panel, int64_t step, int64_t steps, int64_t segment_steps,
-    const float* scales, float* sums) {
+    const Activations& a, const Panel& panel, int64_t step, int64_t steps, int64_t segment_steps, const float* scales,
+    float* sums) {
     for (int64_t r = 0; r < a.rows; r += a.group) {
         const int64_t rows = a.rows - r < a.group ? a.rows - r : a.group;
-        tile_kernel<Engine>(rows)(
+        tile_kernel<Engine, Panel>(rows)(
             a.at(r) + step * rows, panel, step, steps, segment_steps, scales, sums + r * kPanelColumns);
     }
 }
@@ -111,11 +111,11 @@ void multiply_range(const Source& source, const Activations& a, const Output<T>&
     const Scratch memory(
         static_cast<size_t>(panel_size + panels * (scales_size + sums_size) + source.expanded_scales()) *
         sizeof(float));
-    uint32_t* const panel = memory.as<uint32_t>();
+    uint32_t* const words = memory.as<uint32_t>();
     float* const scales = memory.as<float>() + panel_size;
     float* const sums = scales + panels * scales_size;
     float* const expanded = sums + panels * sums_size;
-    memset(panel, 0, static_cast<size_t>(panel_size + panels * (scales_size + sums_size)) * sizeof(float));
+    memset(words, 0, static_cast<size_t>(panel_size + panels * (scales_size + sums_size)) * sizeof(float));
     const auto count_at = [&](int64_t column) { return last - column < kPanelColumns ? last - column : kPanelColumns; };
     for (int64_t i = 0; i < panels; ++i) {
         const int64_t column = first + i * kPanelColumns, count = count_at(column);
@@ -128,7 +128,7 @@ void multiply_range(const Source& source, const Activations& a, const Output<T>&
         const int64_t steps = a.steps - step < kPanelSteps ? a.steps - step : kPanelSteps;
         for (int64_t i = 0; i < panels; ++i) {
             const int64_t column = first + i * kPanelColumns;
-            source.decode(column, count_at(column), step, steps, panel);
+            const auto panel = source.load_panel(column, count_at(column), step, steps, words);
             multiply_panel<Engine>(
                 a, panel, step, steps, segment_steps, scales + i * scales_size, sums + i * sums_size);
         }
@@ -208,12 +208,18 @@ void gemm_4bit(const GemmProblem<T>& p, int32_t threads) {
             using Streaming = typename StreamEngineOf<T>::type;
             return stream(p, word_panels<Streaming>(p, segment), threads);
         }
-        const WordPanels<Engine> shared = word_panels<Engine>(p, segment);
-        for_activations<Engine>(
-            p, p.N, p.K, false, threads,
-            [&](const Activations& a, const Output<T>& output, int64_t first, int64_t last) {
-                multiply_range<Engine>(shared, a, output, first, last);
-            });
+        const auto multiply = [&](const auto& source) {
+            for_activations<Engine>(
+                p, p.N, p.K, false, threads,
+                [&](const Activations& a, const Output<T>& output, int64_t first, int64_t last) {
+                    multiply_range<Engine>(source, a, output, first, last);
+                });
+        };
+        const WordPanels<Engine> decoded = word_panels<Engine>(p, segment);
+        if constexpr (kPackedRows<Engine> > 0) {
+            if (p.M <= kPackedRows<Engine>) return multiply(PackedPanels<Engine>{decoded});
+        }
+        multiply(decoded);
     } else {
         const ExpandedScales scales(p, threads);
         for_activations<Engine>(

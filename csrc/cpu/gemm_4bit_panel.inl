@@ -1,8 +1,10 @@
-// Decoding a panel of weights for multiply_tile: [steps][kPanelColumns] vectors of the engine, from the packed layout.
+// Panels of weights for multiply_tile, made from the packed layout: decoded once for all activations, or only
+// transposed where the tiles can decode while the multiplier works.
 //
-// A source says how: `columns` and `depth` of the product, load_scales for the columns of a panel, and decode for some
-// of its steps. WordPanels keeps the codes' own values and leaves the absmax to the tile; it needs whole words between
-// two blocks. RowPanels takes any shape and ColumnPanels the transposed weight; both scale while they decode.
+// A source says how: `columns` and `depth` of the product, load_scales for the columns of a panel, and load_panel for
+// some of its steps. WordPanels keeps the codes' own values and leaves the absmax to the tile, and so does
+// PackedPanels; they need whole words between two blocks. RowPanels takes any shape and ColumnPanels the transposed
+// weight; both scale while they decode.
 #pragma once
 
 #include "gemm_4bit_tile.inl"
@@ -10,6 +12,46 @@
 BNB_NAMESPACE_BEGIN
 
 constexpr int64_t kPanelSteps = 128;  // a panel is then a third of the first-level cache
+
+// Activations up to which PackedPanels is faster. What looks up a pair of bfloat16 competes with what multiplies it.
+template <class Engine>
+constexpr int64_t kPackedRows = Engine::kDepth == 1 ? kLookupRows : 0;
+
+// [steps][kPanelColumns] vectors of the engine.
+template <class Engine>
+struct DecodedPanel {
+    static constexpr int kSteps = 1;  // of one row of the panel
+
+    const uint32_t* words;
+
+    template <int step>
+    BNB_INLINE typename Engine::Weight weight(const uint32_t* row) const {
+        return Engine::load_weight(row);
+    }
+    BNB_INLINE void fetch(int64_t) const {}
+};
+
+// Packed codes, a word of each column in a row: [steps / kSteps][kPanelColumns].
+template <class Engine>
+struct PackedPanel {
+    static constexpr int kSteps = int(kWordCodes / Engine::kDepth);
+
+    const uint32_t* words;
+    typename Engine::Table table;
+    const uint8_t* next;  // codes of a panel that comes soon
+    int64_t stride;       // bytes between its columns
+
+    template <int step>
+    BNB_INLINE typename Engine::Weight weight(const uint32_t* row) const {
+        return Engine::template decode<step>(table, load_words(row));
+    }
+
+    // Ask for a part of the memory of `next` with each row: who asked for all of it at once would wait.
+    BNB_INLINE void fetch(int64_t row) const {
+        constexpr int64_t kColumns = kPanelColumns * kSteps / kPanelSteps;
+        for (int64_t c = 0; c < kColumns; ++c) BNB_PREFETCH(next + (row * kColumns + c) * stride);
+    }
+};
 
 BNB_INLINE int64_t greatest_common_divisor(int64_t a, int64_t b) {
     while (b) {
@@ -116,9 +158,10 @@ struct WordPanels {
 
     const uint8_t* row_at(int64_t row) const { return packed + (row < columns ? row : columns - 1) * (depth / 2); }
 
-    void decode(int64_t column, int64_t count, int64_t step, int64_t steps, uint32_t* panel) const {
-        constexpr int kSteps = int(kWordCodes / Engine::kDepth);
-        const typename Engine::Table local = table;
+    // Some steps of the words of kWidth columns at a time: target = body(words, target), from the panel's first row on.
+    template <bool kFetch, class Body>
+    BNB_INLINE void for_words(
+        int64_t column, int64_t count, int64_t step, int64_t steps, uint32_t* panel, const Body& body) const {
         const int64_t first = step * Engine::kDepth, stop = (step + steps) * Engine::kDepth;
         for (int64_t v = 0; v * kWidth < count; ++v) {
             uint32_t* target = panel + v * kWidth;
@@ -136,22 +179,42 @@ struct WordPanels {
                         row[r] = padded[r];
                     }
                     offset = 0;
-                } else {
+                } else if (kFetch) {
                     for (int r = 0; r < kWidth; ++r)
                         BNB_PREFETCH(static_cast<const uint8_t*>(row[r]) + offset + 2 * kVectorBytes);
                 }
                 I32 words[kWidth];
                 load_transposed(row, offset, words);
-                for (int64_t i = 0; i < words_left; ++i) {
-                    const I32 word = words[i];
-                    unrolled<kSteps>([&](auto s) {
-                        Engine::store_weight(
-                            target + s.number * kPanelColumns, Engine::template decode<s.number>(local, word));
-                    });
-                    target += kSteps * kPanelColumns;
-                }
+                for (int64_t i = 0; i < words_left; ++i) target = body(words[i], target);
             }
         }
+    }
+
+    DecodedPanel<Engine> load_panel(int64_t column, int64_t count, int64_t step, int64_t steps, uint32_t* panel) const {
+        constexpr int kSteps = int(kWordCodes / Engine::kDepth);
+        const typename Engine::Table local = table;
+        for_words<true>(column, count, step, steps, panel, [&](const I32& word, uint32_t* target) {
+            unrolled<kSteps>([&](auto s) {
+                Engine::store_weight(target + s.number * kPanelColumns, Engine::template decode<s.number>(local, word));
+            });
+            return target + kSteps * kPanelColumns;
+        });
+        return {panel};
+    }
+};
+
+// The same for tiles that decode.
+template <class Engine>
+struct PackedPanels : WordPanels<Engine> {
+    PackedPanel<Engine> load_panel(int64_t column, int64_t count, int64_t step, int64_t steps, uint32_t* panel) const {
+        this->template for_words<false>(column, count, step, steps, panel, [](const I32& word, uint32_t* target) {
+            store_words(target, word);
+            return target + kPanelColumns;
+        });
+        const int64_t ahead = (step + steps + kPanelSteps) * Engine::kDepth, over = ahead - this->depth;
+        const uint8_t* const next =
+            over < 0 ? this->row_at(column) + ahead / 2 : this->row_at(column + kPanelColumns) + over / 2;
+        return {panel, this->table, next, this->depth / 2};
     }
 };
 
@@ -180,7 +243,7 @@ struct RowPanels {
 
     void load_scales(int64_t, int64_t, float* target, int64_t, float*) const { store(target, broadcast(1.0f)); }
 
-    void decode(int64_t column, int64_t count, int64_t step, int64_t steps, uint32_t* panel) const {
+    DecodedPanel<Engine> load_panel(int64_t column, int64_t count, int64_t step, int64_t steps, uint32_t* panel) const {
         constexpr int64_t kMost = kPanelSteps * Engine::kDepth;
         float values[kWidth][kMost];
         const int64_t first = step * Engine::kDepth, wanted = (steps * Engine::kDepth + kWidth - 1) / kWidth * kWidth;
@@ -199,6 +262,7 @@ struct RowPanels {
                 }
             }
         }
+        return {panel};
     }
 };
 
@@ -214,7 +278,7 @@ struct ColumnPanels {
 
     void load_scales(int64_t, int64_t, float* target, int64_t, float*) const { store(target, broadcast(1.0f)); }
 
-    void decode(int64_t column, int64_t count, int64_t step, int64_t steps, uint32_t* panel) const {
+    DecodedPanel<Engine> load_panel(int64_t column, int64_t count, int64_t step, int64_t steps, uint32_t* panel) const {
         const bool whole = count == kPanelColumns && weight.K % kWidth == 0 && weight.blocksize % kWidth == 0;
         const int64_t paired = depth / Engine::kDepth;  // steps without padding
         const int64_t fast = !whole ? 0 : paired - step < steps ? (paired < step ? 0 : paired - step) : steps;
@@ -240,6 +304,7 @@ struct ColumnPanels {
             }
             store_step(lanes, panel + s * kPanelColumns);
         }
+        return {panel};
     }
 
   private:

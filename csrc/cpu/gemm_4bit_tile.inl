@@ -1,9 +1,9 @@
-// The two inner kernels of a product with a 4-bit weight: codes straight from the packed bytes, and a decoded panel.
+// The two inner kernels of a product with a 4-bit weight: codes straight from the packed bytes, and a panel of them.
 //
 // stream_rows decodes whole words of a few weight rows in registers, in the order they lie in memory, and is limited by
-// memory for one activation row. multiply_tile multiplies up to kTileRows activation rows with a panel that was decoded
-// into the first-level cache for all of them; its accumulators fill the register file, so it is limited by the
-// multiplier. In both, the absmax scales the sum over a segment: the codes that no row's block border divides.
+// memory for one activation row. multiply_tile multiplies up to kTileRows activation rows with a panel that lies in the
+// first-level cache for all of them; its accumulators fill the register file, so it is limited by the multiplier.
+// In both, the absmax scales the sum over a segment: the codes that no row's block border divides.
 #pragma once
 
 #include "gemm_4bit_engine.inl"
@@ -120,12 +120,29 @@ void stream_rows(
 
 // --- panels ----------------------------------------------------------------------------------------------------------
 
-// sums [kRows][kPanelColumns] += activations [steps][kRows] times panel [steps][kPanelColumns], for the steps from
-// `step` on; scales [segments][kPanelColumns] has the absmax of every `segment_steps` steps from 0 on.
-template <class Engine, int kRows>
+// sum += one of the steps that a row of a panel holds, for all activations and columns.
+template <class Engine, int kRows, int step, class Panel>
+BNB_INLINE void add_step(
+    const Panel& panel, const uint32_t* words, const uint32_t* activations, F32 (&sum)[kRows * kTileVectors]) {
+    typename Engine::Weight weight[kTileVectors];
+    unrolled<kTileVectors>([&](auto v) { weight[v.number] = panel.template weight<step>(words + v.number * kWidth); });
+    unrolled<kRows>([&](auto r) {
+        const auto a = Engine::load_step(activations + step * kRows + r.number);
+        unrolled<kTileVectors>([&](auto v) {
+            F32& target = sum[r.number * kTileVectors + v.number];
+            target = Engine::add_product(target, weight[v.number], a);
+        });
+    });
+}
+
+// sums [kRows][kPanelColumns] += activations [steps][kRows] times a panel, for the steps from `step` on;
+// scales [segments][kPanelColumns] has the absmax of every `segment_steps` steps from 0 on.
+template <class Engine, class Panel, int kRows>
 void multiply_tile(
-    const uint32_t* activations, const uint32_t* panel, int64_t step, int64_t steps, int64_t segment_steps,
+    const uint32_t* activations, const Panel& shared, int64_t step, int64_t steps, int64_t segment_steps,
     const float* scales, float* sums) {
+    const Panel panel = shared;
+    const uint32_t* words = panel.words;
     constexpr int kSums = kRows * kTileVectors;
     F32 total[kSums];
     unrolled<kSums>([&](auto i) { total[i.number] = broadcast(0.0f); });
@@ -137,18 +154,16 @@ void multiply_tile(
         const int64_t stop = border < end ? border : end;
         F32 sum[kSums];
         unrolled<kSums>([&](auto i) { sum[i.number] = broadcast(0.0f); });
-        for (; step < stop; ++step) {
-            typename Engine::Weight weight[kTileVectors];
-            unrolled<kTileVectors>([&](auto v) { weight[v.number] = Engine::load_weight(panel + v.number * kWidth); });
-            unrolled<kRows>([&](auto r) {
-                const auto a = Engine::load_step(activations + r.number);
-                unrolled<kTileVectors>([&](auto v) {
-                    F32& target = sum[r.number * kTileVectors + v.number];
-                    target = Engine::add_product(target, weight[v.number], a);
-                });
-            });
-            panel += kPanelColumns;
-            activations += kRows;
+        for (; step < stop; step += Panel::kSteps) {
+            panel.fetch((words - panel.words) / kPanelColumns);
+            if constexpr (Panel::kSteps == 1) {  // a lambda in between would keep scalar vectors out of registers
+                add_step<Engine, kRows, 0>(panel, words, activations, sum);
+            } else {
+                unrolled<Panel::kSteps>(
+                    [&](auto s) { add_step<Engine, kRows, s.number>(panel, words, activations, sum); });
+            }
+            words += kPanelColumns;
+            activations += Panel::kSteps * kRows;
         }
         unrolled<kTileVectors>([&](auto v) {
             const F32 scale = load(scales + v.number * kWidth);

@@ -150,6 +150,17 @@ def test_results_do_not_depend_on_the_number_of_threads(variants, dtype):
                 assert torch.equal(one, other), (name, M, threads)
 
 
+@pytest.mark.parametrize("problem", SHAPES, ids=str)
+def test_tiles_that_decode_give_the_bits_of_decoded_ones(variants, problem):
+    """Up to how many rows they do is a matter of speed, which the instruction set decides."""
+    weight = Weight(*problem, nf4())
+    A = torch.randn(40, weight.shape[1])
+    for name, library in variants.items():
+        many = weight.multiply(library, A)
+        for M in (8, 13, 16):
+            assert torch.equal(weight.multiply(library, A[:M].clone()), many[:M]), (name, M)
+
+
 def test_a_row_of_nan_leaves_other_rows_alone(variants):
     weight = Weight(40, 256, 64, nf4())
     for M in (3, 9, 40):

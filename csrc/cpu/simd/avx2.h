@@ -234,6 +234,7 @@ BNB_INLINE int32_t reduce_max(I32 x) {
 }
 
 constexpr bool kPermutesTables = false;
+constexpr int64_t kLookupRows = 16;
 
 template <int n>
 BNB_INLINE F32 lookup_many(const float* table, I32 index) {

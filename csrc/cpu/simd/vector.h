@@ -17,7 +17,8 @@
 //   load_words(const void*), store_words(void*, I32): kWidth 32-bit words
 //   load_transposed(rows, offset, words): words[i] has the i-th word of each of kWidth rows, from a byte offset on
 //   repeat<n>(const float*): n floats, 1, 2 or 4, each in kWidth / n neighbouring lanes
-//   lookup_nibble<k>(Table16, I32): the entry that bits k .. k + 3 of each word name
+//   lookup_nibble<k>(Table16, I32): the entry that bits k .. k + 3 of each word name; for up to kLookupRows activations
+//   to look a weight up for each tile is faster than to load it
 //   reduce_add(F32), reduce_max(I32), any_above(I32 a, I32 b): whether a > b in any lane
 //   with BNB_HAVE_PAIRS also the products of bfloat16 pairs in avx512bf16.h
 //
