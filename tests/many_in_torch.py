@@ -1,4 +1,5 @@
-"""Stepping many tensors at once on a device that has no kernel for it: what the tables hold, carried out in plain torch.
+"""Stepping many tensors at once on a device that has no kernel for it: what the tables hold, carried out one by one, with
+the kernels that a single step has, so that results are the same bits.
 
 So that everything around the kernel (which parameters share a table, what happens when something moves, shards, dice,
 counters) is tested where there is no GPU.
@@ -76,12 +77,12 @@ def _update(name: str, g: Tensor, p: Tensor, state: dict, scalars: dict, skip_ze
     b1, b2, b3, alpha, eps, decay, step, lr, scale = scalars.values()
     state2 = state["state2"] if RULES[name].states == 2 else None
     if state["state1"].dtype == torch.uint8:
-        OPERATORS["optimizer_update_8bit_blockwise"].run_with(
-            "default", name, g, p, state["state1"], state2, b1, b2, b3, alpha, eps, step, lr, state["qmap1"],
+        OPERATORS["optimizer_update_8bit_blockwise"](
+            name, g, p, state["state1"], state2, b1, b2, b3, alpha, eps, step, lr, state["qmap1"],
             state["qmap2"], state["absmax1"], state["absmax2"], decay, scale, skip_zeros,
         )  # fmt: skip
     else:
-        OPERATORS["optimizer_update_32bit"].run_with(
-            "default", name, g, p, state["state1"], state2, None, 0.0, 0.0, b1, b2, b3, alpha, eps, decay, step, lr,
+        OPERATORS["optimizer_update_32bit"](
+            name, g, p, state["state1"], state2, None, 0.0, 0.0, b1, b2, b3, alpha, eps, decay, step, lr,
             scale, skip_zeros,
         )  # fmt: skip
