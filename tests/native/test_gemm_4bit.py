@@ -79,10 +79,17 @@ def nf4() -> Tensor:
     return torch.tensor(FORMATS["nf4"].values)
 
 
-def assert_close(result: Tensor, expected: Tensor, what: object, bias: Tensor | None = None) -> None:
-    """Norm-wise: weights and results round once in the activations' dtype; float32 sums. A bias may cancel a product."""
+def assert_close(
+    result: Tensor, expected: Tensor, what: object, bias: Tensor | None = None, usual: float = 0.0
+) -> None:
+    """Norm-wise: weights and results round once in the activations' dtype; float32 sums. A bias may cancel a product.
+
+    Few results may all be small by chance, and say little of the sums behind them: ``usual`` is what their norm would be.
+    """
     eps = torch.finfo(result.dtype).eps
-    size = expected.norm() + (0.0 if bias is None else bias.double().expand_as(expected).norm())
+    size = expected.norm().clamp_min(usual) + (
+        0.0 if bias is None else bias.double().expand_as(expected).norm()
+    )
     expected = expected if bias is None else expected + bias.double()
     error = (result.double() - expected).norm() / size.clamp_min(1e-30)
     assert error <= eps + 1e-6, (what, error)
@@ -98,8 +105,9 @@ def test_product_is_the_decoded_one_for_any_number_of_rows(variants, problem, dt
         for M in ROWS if name != "neon" else ROWS[::4]:  # an emulator is slow
             A, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
             expected = A.double() @ weight.decoded.T
-            assert_close(weight.multiply(library, A), expected, (name, M))
-            assert_close(weight.multiply(library, A, bias, 2), expected, (name, M, "bias"), bias)
+            usual = float(A.double().norm() * weight.decoded.norm()) / K**0.5
+            assert_close(weight.multiply(library, A), expected, (name, M), usual=usual)
+            assert_close(weight.multiply(library, A, bias, 2), expected, (name, M, "bias"), bias, usual)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -110,7 +118,9 @@ def test_transposed_product_is_the_decoded_one(variants, problem, dtype, nested)
     for name, library in variants.items():
         for M in (1, 2, 7, 33):
             A = torch.randn(M, weight.shape[0]).to(dtype)
-            assert_close(weight.multiply_transposed(library, A, 2), A.double() @ weight.decoded, (name, M))
+            usual = float(A.double().norm() * weight.decoded.norm()) / weight.shape[0] ** 0.5
+            result = weight.multiply_transposed(library, A, 2)
+            assert_close(result, A.double() @ weight.decoded, (name, M), usual=usual)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

@@ -167,7 +167,8 @@ def test_32bit_follows_torch(family, columns, device):
         optimizer.step()
         reference.step()
 
-    torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+    # Adagrad's first step divides a gradient by itself: where weight decay cancels it, that is one rounding by another.
+    torch.testing.assert_close(p, q, atol=1e-4 if family == "Adagrad" else 1e-6, rtol=1e-5)
     if family in STATES:
         state = reference.state[q][STATES[family]]
         torch.testing.assert_close(optimizer.state[p]["state1"], state, atol=1e-6, rtol=1e-5)
