@@ -34,13 +34,14 @@ pytest := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(python) -m pytest -n $(WORKERS) $
 
 say = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: help demo test test-without-native neon lint format bench cuda wheel clean
+.PHONY: help demo test test-without-native neon amx lint format bench cuda wheel clean
 
 help:
 	@echo 'make demo                 quantize a real model and train on it; table, plots, checkpoints under demo/output'
 	@echo 'make test                 the test suite on this machine'
 	@echo 'make test-without-native  the same with no native library: everything in plain torch'
 	@echo 'make neon                 cross-build the CPU library for ARM; `make test` then tests it under qemu-aarch64'
+	@echo 'make amx                  build the kernels for AMX with its registers in memory; `make test` then tests them anywhere'
 	@echo 'make lint                 ruff, clang-format, mypy'
 	@echo 'make cuda                 build the CUDA library for every architecture (needs nvcc)'
 	@echo 'make wheel                the distributable package under dist/'
@@ -71,6 +72,11 @@ neon: $(packages)
 		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	PATH="$(abspath $(bin)):$$PATH" cmake --build build/neon
 	aarch64-linux-gnu-g++ -O2 -std=c++17 -Wall -Wextra tests/native/emulated_server.cpp -ldl -o build/neon/emulated_server
+
+amx: $(packages)
+	$(call say,CPU library with emulated AMX)
+	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/amx -G Ninja -DCOMPUTE_BACKEND=cpu -DBNB_EMULATE_AMX=ON
+	PATH="$(abspath $(bin)):$$PATH" cmake --build build/amx
 
 lint: $(packages)
 	$(call say,ruff)

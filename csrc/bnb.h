@@ -147,8 +147,8 @@ BNB_API bool bnb_has_cuda(void);
  * values: an encoder counts the thresholds below a value. */
 BNB_API bnb_status bnb_codebook(bnb_format format, float* values, float* thresholds);
 
-/* Instruction set whose kernels run ("scalar", "avx2", "avx512", "avx512bf16", "neon"); null if BNB_CPU_ISA names one that this
- * machine or build does not have. */
+/* Instruction set whose kernels run ("scalar", "avx2", "avx512", "avx512bf16", "avx512amx", "neon"); null if BNB_CPU_ISA
+ * names one that this machine or build does not have. */
 BNB_API const char* bnb_cpu_isa(void);
 
 /* Comma-separated instruction sets that can run here, best first. */

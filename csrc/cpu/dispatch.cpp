@@ -4,6 +4,12 @@
 #include <cstring>
 #include <string>
 
+#ifdef BNB_HAVE_AVX512AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "../common/error.h"
 #include "int8_kernels.h"
 #include "kernels.h"
@@ -21,6 +27,11 @@ BNB_DECLARE_VARIANT(avx512)
 #ifdef BNB_HAVE_AVX512BF16
 namespace avx512bf16 {
 extern const Kernels variant_kernels;
+}
+#endif
+#ifdef BNB_HAVE_AVX512AMX
+namespace avx512amx {
+extern const TiledProducts tiled_products;
 }
 #endif
 #ifdef BNB_HAVE_AVX512VNNI
@@ -52,13 +63,42 @@ bool has_avx512() {
 }
 #endif
 
-const Candidate kCandidates[] = {
 #ifdef BNB_HAVE_AVX512BF16
-    {&avx512bf16::variant_kernels, &avx512::variant_int8_kernels,  // Zen 4 and Sapphire Rapids on
-     [] {
-         return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-                __builtin_cpu_supports("avx512vnni");
-     }},
+bool has_avx512bf16() {  // Zen 4 and Sapphire Rapids on
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+#ifdef BNB_HAVE_AVX512AMX
+// Linux saves tile registers for processes that have asked for it, once for all of their threads.
+bool has_avx512amx() {
+#ifdef BNB_EMULATE_AMX
+    return has_avx512bf16();
+#else
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    unsigned eax, ebx, ecx, edx;
+    return has_avx512bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16) &&
+           (edx & kAmxTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
+}
+
+const Kernels kAmxKernels = [] {
+    Kernels kernels = avx512bf16::variant_kernels;
+    kernels.name = "avx512amx";
+    kernels.bfloat16.gemm_4bit = avx512amx::tiled_products.gemm_4bit;
+    kernels.bfloat16.gemm_4bit_transposed = avx512amx::tiled_products.gemm_4bit_transposed;
+    return kernels;
+}();
+#endif
+
+const Candidate kCandidates[] = {
+#ifdef BNB_HAVE_AVX512AMX
+    {&kAmxKernels, &avx512::variant_int8_kernels, has_avx512amx},
+#endif
+#ifdef BNB_HAVE_AVX512BF16
+    {&avx512bf16::variant_kernels, &avx512::variant_int8_kernels, has_avx512bf16},
 #endif
 #ifdef BNB_HAVE_AVX512
     {&avx512::variant_kernels, &avx512::variant_int8_kernels, has_avx512},

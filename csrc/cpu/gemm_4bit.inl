@@ -2,10 +2,12 @@
 //
 // Half a byte is read for a weight; each output is summed by one thread in one order. Few activations stream the weight
 // through registers (stream_rows); more decode it panel by panel into the cache, once for up to kMaxRows of them
-// (multiply_tile). Activations are packed once into the order the kernels read them in.
+// (multiply_tile). Activations are packed once into the order the kernels read them in. Products in pairs of bfloat16
+// have kernels of their own where blocks allow (gemm_4bit_pairs.inl), and so have tiles of them (gemm_4bit_amx.inl).
 #pragma once
 
 #include "gemm_4bit_activations.inl"
+#include "gemm_4bit_amx.inl"
 #include "gemm_4bit_pairs.inl"
 #include "gemm_4bit_panel.inl"
 
@@ -200,7 +202,12 @@ void gemm_4bit(const GemmProblem<T>& p, int32_t threads) {
     const int64_t segment = greatest_common_divisor(p.K, p.blocksize);
 #ifdef BNB_HAVE_PAIRS
     if constexpr (Engine::kDepth == 2) {
-        if (segment % kScaledCodes == 0 && p.K > 0) return multiply_pairs(p, threads);
+        if (segment % kScaledCodes == 0 && p.K > 0) {
+#ifdef BNB_HAVE_AMX
+            if (p.M > 1) return multiply_amx(p, threads);
+#endif
+            return multiply_pairs(p, threads);
+        }
     }
 #endif
     if (segment % kWordCodes == 0) {
@@ -236,6 +243,13 @@ template <class T>
 void gemm_4bit_transposed(const GemmProblem<T>& p, int32_t threads) {
     if (p.M == 0 || p.K == 0) return;
     using Engine = typename EngineOf<T>::type;
+#ifdef BNB_HAVE_AMX
+    if constexpr (Engine::kDepth == 2) {
+        if (greatest_common_divisor(p.K, p.blocksize) % kScaledCodes == 0 && p.N > 0) {
+            return multiply_amx_transposed(p, threads);
+        }
+    }
+#endif
     const ExpandedScales scales(p, threads);
     for_activations<Engine>(
         p, p.K, p.N, true, threads, [&](const Activations& a, const Output<T>& output, int64_t first, int64_t last) {

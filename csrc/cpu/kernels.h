@@ -130,6 +130,12 @@ struct Kernels {
     const TypedKernels<BFloat16>& of(TypeTag<BFloat16>) const { return bfloat16; }
 };
 
+// What AMX changes of the kernels of avx512bf16.
+struct TiledProducts {
+    void (*gemm_4bit)(const GemmProblem<BFloat16>& problem, int32_t threads);
+    void (*gemm_4bit_transposed)(const GemmProblem<BFloat16>& problem, int32_t threads);
+};
+
 // The chosen kernels: the best this machine runs, or those BNB_CPU_ISA names. Decided at the first call.
 const Kernels& kernels();                // throws if BNB_CPU_ISA cannot be honoured
 const Kernels* find_kernels() noexcept;  // null then

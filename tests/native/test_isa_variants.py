@@ -257,6 +257,6 @@ def test_threads_work_in_a_forked_child(library):
 
 def test_the_best_instruction_set_comes_first(library):
     available = library.bnb_cpu_isa_available().decode().split(",")
-    order = ["avx512bf16", "avx512", "avx2", "neon", "scalar"]
+    order = ["avx512amx", "avx512bf16", "avx512", "avx2", "neon", "scalar"]
     assert available == [name for name in order if name in available]
     assert library.bnb_cpu_isa().decode() == os.environ.get("BNB_CPU_ISA", available[0])

@@ -39,7 +39,7 @@ EXACT = (
 INT8_CODES = ("int8_vectorwise_quant", "int8_double_quant")
 OPTIMIZERS = ("optimizer_update_32bit", "optimizer_update_8bit_blockwise")
 
-_INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
+_INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512bf16", "avx512amx", "neon")
 IN_SUBPROCESS = "BNB_CPU_ISA" in os.environ
 
 

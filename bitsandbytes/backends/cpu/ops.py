@@ -84,17 +84,18 @@ def _(A, absmax, code, blocksize, dtype, out):
 
 
 @cache
-def _dense_rows(dtype: torch.dtype) -> float:
+def _dense_rows(dtype: torch.dtype, tiled: bool) -> float:
     """From how many rows on torch's product with the decoded weight beats ours: benchmarking/bench_cpu.py.
 
-    Only where torch multiplies bfloat16 with instructions that our kernels do not use: AMX, or AVX512-BF16 when another
-    instruction set is forced.
+    Only where torch multiplies bfloat16 with instructions that our kernels do not use: AMX where blocks do not hold a
+    multiple of 64 codes of a row (not ``tiled``), or whatever this machine has when another instruction set is forced.
     """
     if dtype is not torch.bfloat16:
         return math.inf
+    isa = lib.bnb_cpu_isa()
     if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return 32
-    return 12 if has_avx512bf16() and lib.bnb_cpu_isa() != b"avx512bf16" else math.inf
+        return math.inf if tiled and isa == b"avx512amx" else 32
+    return 12 if has_avx512bf16() and isa not in (b"avx512amx", b"avx512bf16") else math.inf
 
 
 def _multiply(
@@ -178,7 +179,7 @@ def _decode_and_multiply(
 
 @_native_kernel(gemm_4bit, "bnb_cpu_gemm_4bit")
 def _(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset, out):
-    most = _dense_rows(A.dtype)
+    most = _dense_rows(A.dtype, (shapeB[1] | blocksize) % 64 == 0)
     if most < math.inf and A.shape[:-1].numel() >= most:
         if absmax_8bit is not None:
             absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
@@ -196,7 +197,7 @@ def _(A, B, shapeB, absmax, code, blocksize, out):
 @_native_kernel(gemm_4bit_transposed, "bnb_cpu_gemm_4bit_transposed")
 def _(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, out):
     rows, (N, K) = A.shape[:-1].numel(), shapeB
-    if rows >= _dense_rows(A.dtype):
+    if rows >= _dense_rows(A.dtype, (K | blocksize) % 64 == 0):
         if absmax_8bit is not None:
             absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
         weight = dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype)

@@ -20,7 +20,7 @@
 //   lookup_nibble<k>(Table16, I32): the entry that bits k .. k + 3 of each word name; for up to kLookupRows activations
 //   to look a weight up for each tile is faster than to load it
 //   reduce_add(F32), reduce_max(I32), any_above(I32 a, I32 b): whether a > b in any lane
-//   with BNB_HAVE_PAIRS also the products of bfloat16 pairs in avx512bf16.h
+//   with BNB_HAVE_PAIRS also the products of bfloat16 pairs in avx512bf16.h; with BNB_HAVE_AMX those of whole tiles
 //
 // A trick only one set knows goes into that set's file, behind a name that all of them have.
 #pragma once
@@ -28,7 +28,10 @@
 #include "../../common/dtype.h"
 #include "../../common/encode.h"
 
-#if defined(BNB_SIMD_AVX512BF16)
+#if defined(BNB_SIMD_AVX512AMX)
+#include "avx512.h"
+#include "avx512amx.h"
+#elif defined(BNB_SIMD_AVX512BF16)
 #include "avx512.h"
 #include "avx512bf16.h"
 #elif defined(BNB_SIMD_AVX512)

@@ -1,0 +1,19 @@
+// Products with a 4-bit weight compiled for AMX; nothing else uses it (see variant.cpp for the other kernels).
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "simd/vector.h"
+
+#include "fourbit.inl"
+#include "gemm_4bit.inl"
+
+BNB_NAMESPACE_BEGIN
+
+extern const TiledProducts tiled_products;
+constexpr TiledProducts kTiledProducts = {gemm_4bit<BFloat16>, gemm_4bit_transposed<BFloat16>};
+const TiledProducts tiled_products = kTiledProducts;
+
+BNB_NAMESPACE_END

@@ -1,0 +1,473 @@
+// Products with a 4-bit weight in tiles of bfloat16 (AMX), for blocks that hold a multiple of 64 codes of a row, and
+// with its transpose.
+//
+// A tile is 16 rows of 16 pairs; one instruction adds the products of two. Activations are packed into tiles once, and
+// panels of weights are decoded into them, already times the absmax, as in gemm_4bit_pairs.inl. In the product with the
+// weight its rows are the first operand, because codes are decoded in the order they lie in; the sum is the transpose.
+// In the product with the transpose two weight rows make the pairs of the second operand, and the sum's columns come
+// out in the order of decoded codes.
+//
+// Up to 32 activations the sums stay in registers and a vector of codes is decoded while another is multiplied. More
+// meet panels that lie in the first-level cache, beside the sums, piece by piece of the depth.
+#pragma once
+
+#include "gemm_4bit_pairs.inl"
+
+#ifdef BNB_HAVE_AMX
+
+BNB_NAMESPACE_BEGIN
+
+constexpr int64_t kAmxDepth = 2 * kAmxRows;                    // values of a tile's row
+constexpr int64_t kAmxTile = kAmxRows * kAmxRows;              // words of a tile
+constexpr int64_t kAmxVectorTiles = kVectorCodes / kAmxDepth;  // tiles that a vector of 16 rows' codes becomes
+constexpr int64_t kAmxPiece = 256;     // depth of a panel: with two tiles of rows a third of the first-level cache
+constexpr int64_t kAmxSpan = 2048;     // depth whose activations stay in the second-level cache
+constexpr int64_t kMostAmxRows = 256;  // activations of a pass
+constexpr int64_t kAmxColumns = 256;   // columns that take turns at the spans
+
+// The same of the transpose, whose panels are wider: they lie in the second-level cache.
+constexpr int64_t kTransposedPiece = 512, kMostTransposedRows = 512, kTransposedColumns = 256;
+
+// Rows in tiles: [piece of the depth][16 rows][tile of the piece]. Rows and depth are padded with zeros.
+struct AmxActivations {
+    const uint32_t* words;
+    int64_t rows, depth, piece;  // rows and depth are multiples of a tile's
+
+    int64_t groups() const { return rows / kAmxRows; }
+    int64_t piece_at(int64_t k) const { return depth - k < piece ? depth - k : piece; }
+    int64_t offset(int64_t k, int64_t group) const {
+        return (k * rows + piece_at(k) * group * kAmxRows) / PairEngine::kDepth;
+    }
+    const uint32_t* at(int64_t k, int64_t group) const { return words + offset(k, group); }
+};
+
+// One step of a product of kFirst by kSecond tiles, whose sums are registers 0 to 3. An operand's tiles are `stride`
+// words apart.
+template <int kFirst, int kSecond>
+BNB_INLINE void add_tile_step(const uint32_t* first, const uint32_t* second, int64_t stride) {
+    if constexpr (kFirst == 2 && kSecond == 2) {
+        amx_load<4>(first);
+        amx_load<6>(second);
+        amx_add_products<0, 4, 6>();
+        amx_load<7>(second + stride);
+        amx_add_products<1, 4, 7>();
+        amx_load<5>(first + stride);
+        amx_add_products<2, 5, 6>();
+        amx_add_products<3, 5, 7>();
+    } else if constexpr (kSecond == 1) {
+        amx_load<7>(second);
+        unrolled<kFirst>([&](auto i) {
+            constexpr int kRegister = 4 + i.number % 3;
+            amx_load<kRegister>(first + i.number * stride);
+            amx_add_products<i.number, kRegister, 7>();
+        });
+    } else {
+        static_assert(kFirst == 1);
+        amx_load<7>(first);
+        unrolled<kSecond>([&](auto i) {
+            constexpr int kRegister = 4 + i.number % 3;
+            amx_load<kRegister>(second + i.number * stride);
+            amx_add_products<i.number, 7, kRegister>();
+        });
+    }
+}
+
+struct FetchNothing {
+    BNB_INLINE void operator()() const {}
+};
+
+// Fetches the codes of some rows into the second-level cache, a vector of `share` rows at a time: who asked for all of
+// them at once would wait.
+template <int kRows>
+struct FetchRows {
+    const uint8_t* packed;
+    int64_t stride, share, done;
+
+    BNB_INLINE void operator()() {
+        for (int64_t stop = done + share; done < stop; ++done) {
+            BNB_PREFETCH_FAR(packed + done % kRows * stride + done / kRows * kVectorBytes);
+        }
+    }
+};
+
+// sums [kFirst][kSecond] tiles, `stride` tiles from row to row, += products of tiles over `count` steps. Each operand's
+// rows of tiles are `count` tiles apart. fetch() is called once a step.
+template <int kFirst, int kSecond, class Fetch>
+void add_tile_products(
+    const uint32_t* first, const uint32_t* second, int64_t count, float* sums, int64_t stride, Fetch&& fetch) {
+    const auto for_sums = [&](const auto& body) {
+        unrolled<kFirst * kSecond>(
+            [&](auto i) { body(i, sums + (i.number / kSecond * stride + i.number % kSecond) * kAmxTile); });
+    };
+    for_sums([](auto i, float* tile) { amx_load<i.number>(tile); });
+    for (int64_t step = 0; step < count; ++step, first += kAmxTile, second += kAmxTile) {
+        add_tile_step<kFirst, kSecond>(first, second, count * kAmxTile);
+        fetch();
+    }
+    for_sums([](auto i, float* tile) { amx_store<i.number>(tile); });
+}
+
+// Pack rows of A [M, depth] and call body(activations, first row, rows) for up to kMost of them at a time. Depth is
+// padded to whole units of kUnit values; pack(16 rows' values of a unit, target) writes its tiles.
+template <int64_t kUnit, int64_t kMost, class Pack, class Body>
+void for_amx_activations(
+    const BFloat16* A, int64_t M, int64_t depth, int64_t piece, int32_t threads, const Pack& pack, const Body& body) {
+    const int64_t passes = (M + kMost - 1) / kMost;
+    const int64_t most = ((M + passes - 1) / passes + kAmxRows - 1) / kAmxRows * kAmxRows;
+    const int64_t padded = (depth + kUnit - 1) / kUnit * kUnit;
+    const Scratch memory(static_cast<size_t>(most * padded) * sizeof(BFloat16));
+    uint32_t* const words = memory.as<uint32_t>();
+    for (int64_t m = 0; m < M; m += most) {
+        const int64_t rows = M - m < most ? M - m : most;
+        const AmxActivations a{words, (rows + kAmxRows - 1) / kAmxRows * kAmxRows, padded, piece};
+        parallel_for(a.groups(), kTaskProducts / 8 / padded / kAmxRows + 1, threads, [&](int64_t first, int64_t last) {
+            BFloat16 padding[kAmxRows][kUnit];
+            const BFloat16* values[kAmxRows];
+            for (int64_t g = first; g < last; ++g) {
+                for (int64_t k = 0; k < padded; k += kUnit) {
+                    const int64_t inside = depth - k < kUnit ? depth - k : kUnit;
+                    for (int64_t i = 0; i < kAmxRows; ++i) {
+                        const int64_t row = g * kAmxRows + i, count = row < rows ? inside : 0;
+                        values[i] = A + (m + row) * depth + k;
+                        if (count == kUnit) continue;
+                        memset(padding[i], 0, sizeof(padding[i]));
+                        if (count > 0) memcpy(padding[i], values[i], static_cast<size_t>(count) * sizeof(BFloat16));
+                        values[i] = padding[i];
+                    }
+                    const int64_t inside_piece = k % piece;
+                    pack(values, words + a.offset(k - inside_piece, g) + inside_piece / kAmxDepth * kAmxTile);
+                }
+            }
+        });
+        body(a, m, rows);
+    }
+}
+
+// --- the weight ------------------------------------------------------------------------------------------------------
+
+// A vector of codes of 16 activations into tiles whose rows are pairs in the order of decoded codes.
+BNB_INLINE void pack_amx_codes(const BFloat16* const (&values)[kAmxRows], uint32_t* target) {
+    uint32_t steps[kAmxVectorTiles][kAmxRows][kAmxRows];
+    for (int i = 0; i < kAmxRows; ++i) store_steps(values[i], steps[0][i], kAmxTile);
+    for (int64_t s = 0; s < kAmxVectorTiles; ++s) {
+        const void* row[kWidth];
+        for (int i = 0; i < kAmxRows; ++i) row[i] = steps[s][i];
+        I32 words[kWidth];
+        load_transposed(row, 0, words);
+        for (int i = 0; i < kAmxRows; ++i) store_words(target + s * kAmxTile + i * kAmxRows, words[i]);
+    }
+}
+
+// One vector of the weight rows [first, last), each into one row of the tiles of its steps. Tiles of other rows are
+// `stride` words apart.
+template <bool kFetch, int kRows>
+BNB_INLINE void decode_tiles(
+    const WeightRows<kRows>& rows, const Table16& table, int64_t vector, int first, int last, uint32_t* target,
+    int64_t stride) {
+    for (int r = first; r < last; ++r) {
+        const uint8_t* const source = rows.packed[r] + vector * kVectorBytes;
+        if constexpr (kFetch) BNB_PREFETCH_FAR(source + rows.ahead);
+        const ScaledCodes codes(table, load_words(source), rows.scales[r] + 2 * vector);
+        uint32_t* const line = target + r / kAmxRows * stride + r % kAmxRows * kAmxRows;
+        unrolled<int(kAmxVectorTiles)>(
+            [&](auto s) { store_words(line + s.number * kAmxTile, scaled_pairs<s.number>(codes)); });
+    }
+}
+
+// sums [kTiles][kGroups] = weight rows times activations that fit the registers for the whole depth. One vector of the
+// rows is decoded while the one before it is multiplied.
+template <int kTiles, int kGroups>
+void multiply_few(
+    const WeightRows<kTiles * kAmxRows>& rows, const Table16& table, int64_t depth, const AmxActivations& a,
+    uint32_t* panel, float* sums) {
+    constexpr int kRows = kTiles * kAmxRows, kShare = kRows / int(kAmxVectorTiles);
+    constexpr int64_t kStride = kAmxVectorTiles * kAmxTile;
+    const Table16 local = table;
+    const int64_t whole = depth / kVectorCodes, vectors = a.depth / kVectorCodes;
+    HalfVector<kRows> memory;
+    const WeightRows<kRows> half = whole < vectors ? memory.of(rows, whole) : rows;
+    const auto decode = [&](int64_t vector, int first, int last) {
+        uint32_t* const target = panel + vector % 2 * kTiles * kStride;
+        if (vector < whole) {
+            decode_tiles<true>(rows, local, vector, first, last, target, kStride);
+        } else if (vector < vectors) {
+            decode_tiles<false>(half, local, 0, first, last, target, kStride);
+        }
+    };
+    unrolled<kTiles * kGroups>([](auto i) { amx_zero<i.number>(); });
+    decode(0, 0, kRows);
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+        const uint32_t* const weight = panel + vector % 2 * kTiles * kStride;
+        const uint32_t* const activations = a.at(vector * kVectorCodes, 0);
+        unrolled<int(kAmxVectorTiles)>([&](auto s) {
+            decode(vector + 1, s.number * kShare, (s.number + 1) * kShare);
+            add_tile_step<kTiles, kGroups>(weight + s.number * kAmxTile, activations + s.number * kAmxTile, kStride);
+        });
+    }
+    unrolled<kTiles * kGroups>([&](auto i) { amx_store<i.number>(sums + i.number * kAmxTile); });
+}
+
+// sums [two tiles][groups] += weight rows times any number of activations over `codes` of a piece of the depth, which
+// begins at k. Meanwhile the codes that are next are fetched.
+inline void multiply_many(
+    const WeightRows<2 * kAmxRows>& rows, const Table16& table, int64_t codes, int64_t k, const AmxActivations& a,
+    const uint8_t* next, uint32_t* panel, float* sums) {
+    constexpr int kRows = 2 * kAmxRows;
+    const Table16 local = table;
+    const int64_t whole = codes / kVectorCodes, vectors = a.piece_at(k) / kVectorCodes, groups = a.groups();
+    const int64_t steps = vectors * kAmxVectorTiles;
+    for (int64_t vector = 0; vector < whole; ++vector) {
+        uint32_t* const target = panel + vector * kAmxVectorTiles * kAmxTile;
+        decode_tiles<false>(rows, local, vector, 0, kRows, target, steps * kAmxTile);
+    }
+    if (whole < vectors) {
+        HalfVector<kRows> half;
+        uint32_t* const target = panel + whole * kAmxVectorTiles * kAmxTile;
+        decode_tiles<false>(half.of(rows, whole), local, 0, 0, kRows, target, steps * kAmxTile);
+    }
+    const int64_t turns = (groups + 1) / 2 * steps;
+    FetchRows<kRows> fetch{next, rows.packed[1] - rows.packed[0], (vectors * kRows + turns - 1) / turns, 0};
+    int64_t g = 0;
+    for (; g + 2 <= groups; g += 2) {
+        add_tile_products<2, 2>(panel, a.at(k, g), steps, sums + g * kAmxTile, groups, fetch);
+    }
+    if (g < groups) add_tile_products<2, 1>(panel, a.at(k, g), steps, sums + g * kAmxTile, groups, fetch);
+}
+
+// The weight rows of a task's columns [first, last), and their scales.
+class TiledRows {
+  public:
+    TiledRows(const WordPanels<PairEngine>& source, int64_t first, int64_t last)
+        : source_(source),
+          first_(first),
+          last_(last),
+          direct_(source.segment == source.blocksize),
+          spread_size_(direct_ ? 0 : (last - first) * source.segments()),
+          memory_(static_cast<size_t>(spread_size_ + source.expanded_scales(last - first)) * sizeof(float)) {
+        float* const spread = memory_.as<float>();
+        const float* const blocks = source.block_scales(first, last - first, spread + spread_size_);
+        for (int64_t row = first; row < last && !direct_; ++row) {
+            source.segment_scales(blocks, first, row, 0, spread + (row - first) * source.segments(), 1);
+        }
+        scales_ = direct_ ? blocks : spread;
+    }
+
+    // kRows rows from `column` on, from code k on; past the last they repeat it.
+    template <int kRows>
+    WeightRows<kRows> at(int64_t column, int64_t k) const {
+        WeightRows<kRows> rows;
+        rows.ahead = kRows * source_.depth / 2;
+        for (int r = 0; r < kRows; ++r) {
+            const int64_t row = column + r < last_ ? column + r : last_ - 1;
+            rows.packed[r] = source_.row_at(row) + k / 2;
+            rows.scales[r] = scales_ + (row - first_) * source_.segments() + k / kScaledCodes;
+        }
+        return rows;
+    }
+
+    const WordPanels<PairEngine>& source() const { return source_; }
+
+  private:
+    const WordPanels<PairEngine>& source_;
+    const int64_t first_, last_;
+    const bool direct_;
+    const int64_t spread_size_;
+    const Scratch memory_;
+    const float* scales_;
+};
+
+// Columns [first, last) of a product whose activations fit the registers. panel: two vectors of kTiles tiles.
+template <int kTiles, int kGroups>
+void multiply_columns(
+    const TiledRows& weight, const Table16& table, const AmxActivations& a, int64_t first, int64_t last,
+    uint32_t* panel, float* sums) {
+    constexpr int kRows = kTiles * kAmxRows;
+    for (int64_t column = first; column < last; column += kRows) {
+        float* const target = sums + (column - first) * a.rows;
+        multiply_few<kTiles, kGroups>(weight.at<kRows>(column, 0), table, weight.source().depth, a, panel, target);
+    }
+}
+
+// The same for any number of activations; sums are zero on entry.
+inline void multiply_columns(
+    const TiledRows& weight, const Table16& table, const AmxActivations& a, int64_t first, int64_t last,
+    uint32_t* panel, float* sums) {
+    constexpr int kRows = 2 * kAmxRows;
+    const int64_t depth = weight.source().depth;
+    for (int64_t from = 0; from < a.depth; from += kAmxSpan) {
+        const int64_t to = a.depth - from < kAmxSpan ? a.depth : from + kAmxSpan;
+        for (int64_t column = first; column < last; column += kRows) {
+            for (int64_t k = from; k < to; k += kAmxPiece) {
+                const bool stays = k + kAmxPiece < to;
+                const uint8_t* const next =
+                    weight.source().row_at(stays ? column : column + kRows) + (stays ? k + kAmxPiece : from) / 2;
+                const int64_t codes = depth - k < kAmxPiece ? depth - k : kAmxPiece;
+                float* const target = sums + (column - first) * a.rows;
+                multiply_many(weight.at<kRows>(column, k), table, codes, k, a, next, panel, target);
+            }
+        }
+    }
+}
+
+// Rows of the output from tiles of its transpose: [columns / 16][groups] tiles.
+inline void write_tiles(
+    const float* sums, int64_t groups, const Output<BFloat16>& output, int64_t rows, int64_t first, int64_t last) {
+    for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t column = first; column < last; column += kAmxRows) {
+            const float* const tile = sums + ((column - first) / kAmxRows * groups + g) * kAmxTile;
+            const void* row[kWidth];
+            for (int i = 0; i < kAmxRows; ++i) row[i] = tile + i * kAmxRows;
+            I32 values[kWidth];
+            load_transposed(row, 0, values);
+            const int64_t count = last - column < kAmxRows ? last - column : kAmxRows;
+            for (int64_t i = 0; i < kAmxRows && g * kAmxRows + i < rows; ++i) {
+                float line[kWidth];
+                store_words(line, values[i]);
+                output.write(g * kAmxRows + i, column, count, line);
+            }
+        }
+    }
+}
+
+inline void multiply_amx(const GemmProblem<BFloat16>& p, int32_t threads) {
+    constexpr int64_t kPanelRows = 4 * kAmxRows;  // at most
+    const WordPanels<PairEngine> source{p.packed, p.scales, PairTable(p.code), p.N, p.K, p.blocksize, kScaledCodes};
+    const Table16 table(p.code);
+    const bool few = p.M <= 2 * kAmxRows;
+    const int64_t piece = few ? kVectorCodes : kAmxPiece;
+    for_amx_activations<kVectorCodes, kMostAmxRows>(
+        p.A, p.M, p.K, piece, threads, pack_amx_codes, [&](const AmxActivations& a, int64_t m, int64_t rows) {
+            const Output<BFloat16> output{p.out + m * p.N, p.bias, p.N};
+            const int64_t panels = kTaskProducts / a.depth / a.rows / kPanelRows + 1;
+            const int64_t grain = few || a.depth <= kAmxSpan ? panels * kPanelRows : kAmxColumns;
+            parallel_for(p.N, grain, threads, [&](int64_t first, int64_t last) {
+                const AmxRegisters registers;
+                const TiledRows weight(source, first, last);
+                const int64_t columns = (last - first + kPanelRows - 1) / kPanelRows * kPanelRows;
+                const Scratch panel(static_cast<size_t>(2 * kPanelRows * kVectorCodes) * sizeof(BFloat16));
+                const Scratch memory(static_cast<size_t>(columns * a.rows) * sizeof(float));
+                float* const sums = memory.as<float>();
+                if (few && a.rows == kAmxRows) {
+                    multiply_columns<4, 1>(weight, table, a, first, last, panel.as<uint32_t>(), sums);
+                } else if (few) {
+                    multiply_columns<2, 2>(weight, table, a, first, last, panel.as<uint32_t>(), sums);
+                } else {
+                    memset(sums, 0, static_cast<size_t>(columns * a.rows) * sizeof(float));
+                    multiply_columns(weight, table, a, first, last, panel.as<uint32_t>(), sums);
+                }
+                write_tiles(sums, a.groups(), output, rows, first, last);
+            });
+        });
+}
+
+// --- its transpose ---------------------------------------------------------------------------------------------------
+
+constexpr int kTransposedTiles = kVectorCodes / kAmxRows;  // tiles side by side that a vector of codes becomes
+
+// 32 values of 16 activations into a tile.
+BNB_INLINE void pack_amx_rows(const BFloat16* const (&values)[kAmxRows], uint32_t* target) {
+    for (int i = 0; i < kAmxRows; ++i) memcpy(target + i * kAmxRows, values[i], kAmxDepth * sizeof(BFloat16));
+}
+
+// Tiles [kTransposedTiles][steps] of the columns from k on, as many as a vector has, and weight rows from n on.
+struct TransposedWeight {
+    const uint8_t* packed;
+    const float* absmax;
+    Table16 table;
+    int64_t N, K, blocksize;
+
+    void decode(int64_t n, int64_t k, int64_t steps, uint32_t* target) const {
+        const Table16 local = table;
+        const int64_t bytes = K - k < kVectorCodes ? (K - k) / 2 : kVectorBytes;
+        for (int64_t pair = 0; pair < steps * kAmxRows; ++pair) {
+            const ScaledCodes even = row(local, n + 2 * pair, k, bytes), odd = row(local, n + 2 * pair + 1, k, bytes);
+            uint32_t* const line = target + pair * kAmxRows;
+            unrolled<kStepsOfVector>([&](auto s) {
+                I32 low, high;
+                interleave(scaled_pairs<s.number>(even), scaled_pairs<s.number>(odd), low, high);
+                store_words(line + (2 * s.number) * steps * kAmxTile, low);
+                store_words(line + (2 * s.number + 1) * steps * kAmxTile, high);
+            });
+        }
+    }
+
+  private:
+    static constexpr int64_t kAhead = 32;  // rows
+
+    BNB_INLINE ScaledCodes row(const Table16& local, int64_t n, int64_t k, int64_t bytes) const {
+        static constexpr float kNone[2] = {};
+        if (n >= N) return ScaledCodes(local, broadcast(int32_t(0)), kNone);
+        const int64_t begin = n * K + k;
+        const uint8_t* const source = packed + begin / 2;
+        BNB_PREFETCH(source + kAhead * K / 2);
+        const float first = absmax[uint64_t(begin) / uint64_t(blocksize)];
+        if (bytes == kVectorBytes) {
+            const float scales[2] = {first, absmax[uint64_t(begin + kScaledCodes) / uint64_t(blocksize)]};
+            return ScaledCodes(local, load_words(source), scales);
+        }
+        const float scales[2] = {first, 0.0f};
+        uint8_t half[kVectorBytes] = {};
+        memcpy(half, source, kVectorBytes / 2);
+        return ScaledCodes(local, load_words(half), scales);
+    }
+};
+
+// sums [groups][kTransposedTiles] of `stride` tiles a row += activations times a panel of the depth from n on.
+inline void multiply_transposed_panel(
+    const AmxActivations& a, int64_t n, int64_t steps, const uint32_t* panel, float* sums, int64_t stride) {
+    const int64_t groups = a.groups();
+    int64_t g = 0;
+    for (; g + 2 <= groups; g += 2) {
+        for (int tile = 0; tile < kTransposedTiles; tile += 2) {
+            add_tile_products<2, 2>(
+                a.at(n, g), panel + tile * steps * kAmxTile, steps, sums + (g * stride + tile) * kAmxTile, stride,
+                FetchNothing());
+        }
+    }
+    for (int tile = 0; tile < kTransposedTiles && g < groups; tile += 4) {
+        add_tile_products<1, 4>(
+            a.at(n, g), panel + tile * steps * kAmxTile, steps, sums + (g * stride + tile) * kAmxTile, stride,
+            FetchNothing());
+    }
+}
+
+inline void multiply_amx_transposed(const GemmProblem<BFloat16>& p, int32_t threads) {
+    constexpr int64_t kTiles = kTransposedColumns / kAmxRows;
+    const ExpandedScales scales(p, threads);
+    const TransposedWeight weight{p.packed, scales.absmax, Table16(p.code), p.N, p.K, p.blocksize};
+    for_amx_activations<kAmxDepth, kMostTransposedRows>(
+        p.A, p.M, p.N, kTransposedPiece, threads, pack_amx_rows, [&](const AmxActivations& a, int64_t m, int64_t rows) {
+            const Output<BFloat16> output{p.out + m * p.K, p.bias, p.K};
+            parallel_for(p.K, kTransposedColumns, threads, [&](int64_t first, int64_t last) {
+                const AmxRegisters registers;
+                const Scratch panel(static_cast<size_t>(kTransposedPiece * kVectorCodes) * sizeof(BFloat16));
+                const Scratch memory(static_cast<size_t>(kTransposedColumns * a.rows) * sizeof(float));
+                float* const sums = memory.as<float>();
+                memset(sums, 0, static_cast<size_t>(kTransposedColumns * a.rows) * sizeof(float));
+                for (int64_t n = 0; n < a.depth; n += kTransposedPiece) {
+                    const int64_t steps = a.piece_at(n) / kAmxDepth;
+                    for (int64_t k = first; k < last; k += kVectorCodes) {
+                        weight.decode(n, k, steps, panel.as<uint32_t>());
+                        multiply_transposed_panel(
+                            a, n, steps, panel.as<uint32_t>(), sums + (k - first) / kAmxRows * kAmxTile, kTiles);
+                    }
+                }
+                for (int64_t r = 0; r < rows; ++r) {
+                    const float* const row = sums + r / kAmxRows * kTiles * kAmxTile + r % kAmxRows * kAmxRows;
+                    for (int64_t k = first; k < last; k += kVectorCodes) {
+                        F32 lanes[kTransposedTiles];
+                        for (int i = 0; i < kTransposedTiles; ++i) {
+                            lanes[i] = load(row + ((k - first) / kAmxRows + i) * kAmxTile);
+                        }
+                        float line[kVectorCodes];
+                        store_columns(lanes, line);
+                        output.write(r, k, last - k < kVectorCodes ? last - k : kVectorCodes, line);
+                    }
+                }
+            });
+        });
+}
+
+BNB_NAMESPACE_END
+
+#endif
