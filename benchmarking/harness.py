@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -17,6 +18,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
+
+from bitsandbytes._native import has_native, lib
 
 __all__ = ["RESULTS", "Report", "Row", "measure_pair", "row"]
 
@@ -66,15 +69,17 @@ class Report:
 
     def write(self) -> Path:
         RESULTS.mkdir(exist_ok=True)
-        device = _device_name()
-        slug = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
+        on_gpu = any(row.device != "cpu" for row in self.rows)
+        device = torch.cuda.get_device_name() if on_gpu else _processor()
+        slug = re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
         path = RESULTS / f"{date.today().isoformat()}-{self.name}-{slug}.json"
         head = {
             "device": device,
-            "driver": _driver(),
+            "driver": _driver() if on_gpu else "none",
             "platform": platform.platform(),
             "torch": torch.__version__,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cpu_kernels": lib.bnb_cpu_isa().decode() if has_native("bnb_cpu_isa") else "torch",
             "commit": _commit(),
             "rows": [asdict(row) for row in self.rows],
         }
@@ -82,9 +87,7 @@ class Report:
         return path
 
 
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def _processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -99,8 +102,6 @@ def _run(*command: str) -> str:
 
 
 def _driver() -> str:
-    if not torch.cuda.is_available():
-        return "none"
     return _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
 
 

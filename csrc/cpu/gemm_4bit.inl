@@ -25,7 +25,7 @@ BNB_INLINE auto tile_kernel(int64_t rows) {
 }
 
 // Words of an activation row at a time, so that all rows stay in the first-level cache.
-constexpr int64_t stream_steps(int rows) { return rows <= 4 ? 2048 : 1024; }
+constexpr int64_t stream_steps(int rows) { return rows <= 4 ? 2048 * (4 / rows) : 1024; }
 
 // Segments that a vector of codes is a multiple of, or the other way round.
 BNB_INLINE bool can_stream(int64_t segment) { return segment >= 32 && (segment & (segment - 1)) == 0; }
@@ -56,7 +56,8 @@ void stream_range(
         const uint32_t* const chunk_activations = activations + k / Engine::kDepth * kRows;
         for (int64_t column = first; column < last; column += kWeights) {
             WeightRows<kWeights> rows;
-            rows.ahead = kWeights * source.depth / 2;
+            rows.next = NextCodes::of(
+                source.row_at(column + kWeights) + k / 2, kWeights, source.depth / 2, codes == source.depth);
             const int64_t count = last - column < kWeights ? last - column : kWeights;
             for (int64_t w = 0; w < kWeights; ++w) {
                 const int64_t row = column + (w < count ? w : count - 1);

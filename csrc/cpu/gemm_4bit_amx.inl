@@ -21,8 +21,8 @@ constexpr int64_t kAmxDepth = 2 * kAmxRows;                    // values of a ti
 constexpr int64_t kAmxTile = kAmxRows * kAmxRows;              // words of a tile
 constexpr int64_t kAmxVectorTiles = kVectorCodes / kAmxDepth;  // tiles that a vector of 16 rows' codes becomes
 constexpr int64_t kAmxPiece = 256;     // depth of a panel: with two tiles of rows a third of the first-level cache
-constexpr int64_t kAmxSpan = 2048;     // depth whose activations stay in the second-level cache
 constexpr int64_t kMostAmxRows = 256;  // activations of a pass
+constexpr int64_t kAmxSpan = 2048;     // depth over which so many stay in the second-level cache
 constexpr int64_t kAmxColumns = 256;   // columns that take turns at the spans
 
 // The same of the transpose, whose panels are wider: they lie in the second-level cache.
@@ -34,6 +34,7 @@ struct AmxActivations {
     int64_t rows, depth, piece;  // rows and depth are multiples of a tile's
 
     int64_t groups() const { return rows / kAmxRows; }
+    int64_t span() const { return kMostAmxRows * kAmxSpan / rows / kAmxPiece * kAmxPiece; }
     int64_t piece_at(int64_t k) const { return depth - k < piece ? depth - k : piece; }
     int64_t offset(int64_t k, int64_t group) const {
         return (k * rows + piece_at(k) * group * kAmxRows) / PairEngine::kDepth;
@@ -76,16 +77,17 @@ struct FetchNothing {
     BNB_INLINE void operator()() const {}
 };
 
-// Fetches the codes of some rows into the second-level cache, a vector of `share` rows at a time: who asked for all of
-// them at once would wait.
-template <int kRows>
-struct FetchRows {
-    const uint8_t* packed;
-    int64_t stride, share, done;
+// Fetches `share` lines at a time of rows' codes into the second-level cache, in the order of addresses: who asked for
+// all of them at once would wait.
+struct FetchLines {
+    const uint8_t* row;
+    int64_t stride, lines;  // bytes from row to row, lines of each
+    int64_t share = 0, line = 0;
 
     BNB_INLINE void operator()() {
-        for (int64_t stop = done + share; done < stop; ++done) {
-            BNB_PREFETCH_FAR(packed + done % kRows * stride + done / kRows * kVectorBytes);
+        for (int64_t i = 0; i < share; ++i) {
+            BNB_PREFETCH_FAR(row + line * kVectorBytes);
+            if (++line == lines) line = 0, row += stride;
         }
     }
 };
@@ -166,7 +168,7 @@ BNB_INLINE void decode_tiles(
     int64_t stride) {
     for (int r = first; r < last; ++r) {
         const uint8_t* const source = rows.packed[r] + vector * kVectorBytes;
-        if constexpr (kFetch) BNB_PREFETCH_FAR(source + rows.ahead);
+        if constexpr (kFetch) BNB_PREFETCH_FAR(rows.next.at(r, vector));
         const ScaledCodes codes(table, load_words(source), rows.scales[r] + 2 * vector);
         uint32_t* const line = target + r / kAmxRows * stride + r % kAmxRows * kAmxRows;
         unrolled<int(kAmxVectorTiles)>(
@@ -208,10 +210,10 @@ void multiply_few(
 }
 
 // sums [two tiles][groups] += weight rows times any number of activations over `codes` of a piece of the depth, which
-// begins at k. Meanwhile the codes that are next are fetched.
+// begins at k. Meanwhile as many codes are fetched.
 inline void multiply_many(
     const WeightRows<2 * kAmxRows>& rows, const Table16& table, int64_t codes, int64_t k, const AmxActivations& a,
-    const uint8_t* next, uint32_t* panel, float* sums) {
+    FetchLines& fetch, uint32_t* panel, float* sums) {
     constexpr int kRows = 2 * kAmxRows;
     const Table16 local = table;
     const int64_t whole = codes / kVectorCodes, vectors = a.piece_at(k) / kVectorCodes, groups = a.groups();
@@ -226,7 +228,7 @@ inline void multiply_many(
         decode_tiles<false>(half.of(rows, whole), local, 0, 0, kRows, target, steps * kAmxTile);
     }
     const int64_t turns = (groups + 1) / 2 * steps;
-    FetchRows<kRows> fetch{next, rows.packed[1] - rows.packed[0], (vectors * kRows + turns - 1) / turns, 0};
+    fetch.share = (vectors * kRows + turns - 1) / turns;
     int64_t g = 0;
     for (; g + 2 <= groups; g += 2) {
         add_tile_products<2, 2>(panel, a.at(k, g), steps, sums + g * kAmxTile, groups, fetch);
@@ -256,12 +258,12 @@ class TiledRows {
     template <int kRows>
     WeightRows<kRows> at(int64_t column, int64_t k) const {
         WeightRows<kRows> rows;
-        rows.ahead = kRows * source_.depth / 2;
         for (int r = 0; r < kRows; ++r) {
             const int64_t row = column + r < last_ ? column + r : last_ - 1;
             rows.packed[r] = source_.row_at(row) + k / 2;
             rows.scales[r] = scales_ + (row - first_) * source_.segments() + k / kScaledCodes;
         }
+        rows.next = NextCodes::of(rows.packed[0] + kRows * source_.depth / 2, kRows, source_.depth / 2, true);
         return rows;
     }
 
@@ -293,17 +295,15 @@ inline void multiply_columns(
     const TiledRows& weight, const Table16& table, const AmxActivations& a, int64_t first, int64_t last,
     uint32_t* panel, float* sums) {
     constexpr int kRows = 2 * kAmxRows;
-    const int64_t depth = weight.source().depth;
-    for (int64_t from = 0; from < a.depth; from += kAmxSpan) {
-        const int64_t to = a.depth - from < kAmxSpan ? a.depth : from + kAmxSpan;
+    const int64_t depth = weight.source().depth, span = a.span();
+    for (int64_t from = 0; from < a.depth; from += span) {
+        const int64_t to = a.depth - from < span ? a.depth : from + span;
         for (int64_t column = first; column < last; column += kRows) {
+            FetchLines fetch{weight.source().row_at(column + kRows) + from / 2, depth / 2, (to - from) / kVectorCodes};
             for (int64_t k = from; k < to; k += kAmxPiece) {
-                const bool stays = k + kAmxPiece < to;
-                const uint8_t* const next =
-                    weight.source().row_at(stays ? column : column + kRows) + (stays ? k + kAmxPiece : from) / 2;
                 const int64_t codes = depth - k < kAmxPiece ? depth - k : kAmxPiece;
                 float* const target = sums + (column - first) * a.rows;
-                multiply_many(weight.at<kRows>(column, k), table, codes, k, a, next, panel, target);
+                multiply_many(weight.at<kRows>(column, k), table, codes, k, a, fetch, panel, target);
             }
         }
     }
@@ -339,7 +339,7 @@ inline void multiply_amx(const GemmProblem<BFloat16>& p, int32_t threads) {
         p.A, p.M, p.K, piece, threads, pack_amx_codes, [&](const AmxActivations& a, int64_t m, int64_t rows) {
             const Output<BFloat16> output{p.out + m * p.N, p.bias, p.N};
             const int64_t panels = kTaskProducts / a.depth / a.rows / kPanelRows + 1;
-            const int64_t grain = few || a.depth <= kAmxSpan ? panels * kPanelRows : kAmxColumns;
+            const int64_t grain = few || a.depth <= a.span() ? panels * kPanelRows : kAmxColumns;
             parallel_for(p.N, grain, threads, [&](int64_t first, int64_t last) {
                 const AmxRegisters registers;
                 const TiledRows weight(source, first, last);

@@ -20,11 +20,11 @@ constexpr int kDotRows = 6;             // activations that dot_codes takes at m
 constexpr int64_t kMostPairRows = 256;  // activations whose piece of the depth stays in the second-level cache
 constexpr int64_t kPanelDepth = 1024;   // codes of a row in a panel, which is then a sixth of the first-level cache
 constexpr int kStepsOfVector = 4;       // steps of 32 codes in a vector of packed words
-constexpr int64_t kStreamDepth = 4096;  // codes at a time for up to four activations, so that those stay in that cache
+constexpr int64_t kStreamDepth = 4096;  // codes at a time for four activations, so that those stay in that cache
 
 constexpr int dot_weights(int rows) { return rows <= 4 ? kDotWeights : 2; }
 constexpr int64_t dot_depth(int64_t rows) {
-    return rows <= 4 ? kStreamDepth : rows <= kDotRows ? kStreamDepth / 2 : kPanelDepth;
+    return rows <= 4 ? kStreamDepth * (4 / rows) : rows <= kDotRows ? kStreamDepth / 2 : kPanelDepth;
 }
 
 // Activations in pieces of the depth: [piece][group][vector][step][row of the group][kWidth words].
@@ -89,7 +89,7 @@ void dot_codes(
     for (int64_t vector = 0; vector < vectors; ++vector) {
         const auto codes = [&](auto w) {
             const uint8_t* const source = row.packed[w.number] + vector * kVectorBytes;
-            BNB_PREFETCH(source + row.ahead);
+            BNB_PREFETCH(row.next.at(w.number, vector));
             return ScaledCodes(local, load_words(source), row.scales[w.number] + 2 * vector);
         };
         const auto step = [&](const auto&... decoded) {
@@ -144,7 +144,7 @@ void dot_panel(
     for (int64_t vector = 0; vector < vectors; ++vector) {
         unrolled<kStepsOfVector>([&](auto s) {
             static_assert(kStepsOfVector == kDotWeights);
-            BNB_PREFETCH(row.packed[s.number] + vector * kVectorBytes + row.ahead);
+            BNB_PREFETCH(row.next.at(s.number, vector));
             I32 weight[kDotWeights];
             unrolled<kDotWeights>([&](auto w) { weight[w.number] = load_words(panel + w.number * kWidth); });
             unrolled<kRows>([&](auto r) {
@@ -168,7 +168,6 @@ class HalfVector {
     // From `vector` on of the rows.
     WeightRows<kWeights> of(const WeightRows<kWeights>& rows, int64_t vector) {
         WeightRows<kWeights> half;
-        half.ahead = 0;
         for (int w = 0; w < kWeights; ++w) {
             memcpy(packed_[w], rows.packed[w] + vector * kVectorBytes, kVectorBytes / 2);
             scales_[w][0] = rows.scales[w][vector * kVectorCodes / kScaledCodes];
@@ -216,7 +215,8 @@ void dot_range(
             const int64_t codes = source.depth - k < a.piece ? source.depth - k : a.piece;
             for (int64_t c = 0; c < count; c += kWeights) {
                 WeightRows<kWeights> rows;
-                rows.ahead = kWeights * source.depth / 2;
+                rows.next = NextCodes::of(
+                    source.row_at(column + c + kWeights) + k / 2, kWeights, source.depth / 2, codes == source.depth);
                 for (int64_t w = 0; w < kWeights; ++w) {
                     const int64_t row = c + w < count ? c + w : count - 1;
                     rows.packed[w] = source.row_at(column + row) + k / 2;

@@ -28,12 +28,27 @@ constexpr int stream_weights(int rows) {
 // Whether one weight row after the other is decoded, because what steps share of several would not fit.
 constexpr bool kRegistersAreFew = kWidth < 16;
 
-// The same of some weight rows: their packed codes, and the absmax of each segment.
+// Codes to fetch while those of some rows are read, a vector of each. Whoever reads whole rows fetches in the order of
+// addresses, which memory serves faster than many rows at once.
+struct NextCodes {
+    const uint8_t* first = nullptr;
+    int64_t row_stride = 0, vector_stride = 0;
+
+    // `rows` rows of so many bytes, a part of each or all.
+    static NextCodes of(const uint8_t* first, int64_t rows, int64_t bytes, bool whole) {
+        return whole ? NextCodes{first, kVectorBytes, rows * kVectorBytes} : NextCodes{first, bytes, kVectorBytes};
+    }
+    BNB_INLINE const uint8_t* at(int64_t row, int64_t vector) const {
+        return first + row * row_stride + vector * vector_stride;
+    }
+};
+
+// Some weight rows: their packed codes, and the absmax of each segment.
 template <int kWeights>
 struct WeightRows {
     const uint8_t* packed[kWeights];
     const float* scales[kWeights];
-    int64_t ahead;  // bytes to the rows that come next
+    NextCodes next;
 };
 
 // sums [kWeights][kRows] += products of weight and activation rows over `vectors` vectors of codes. A segment is
@@ -54,7 +69,7 @@ void stream_rows(
             unrolled<kWeights>([&](auto w) {
                 const uint8_t* const source = row.packed[w.number] + vector * kVectorBytes;
                 const I32 words = load_words(source);
-                BNB_PREFETCH(source + row.ahead);
+                BNB_PREFETCH(row.next.at(w.number, vector));
                 F32 sum = broadcast(0.0f);
                 unrolled<kSteps>([&](auto step) {
                     const auto weight = Engine::template decode<step.number>(table, words);
@@ -74,7 +89,7 @@ void stream_rows(
             unrolled<kWeights>([&](auto w) {
                 const uint8_t* const source = row.packed[w.number] + vector * kVectorBytes;
                 words[w.number] = load_words(source);
-                BNB_PREFETCH(source + row.ahead);
+                BNB_PREFETCH(row.next.at(w.number, vector));
             });
             const auto load_activation = [&](auto step, auto r) {
                 return Engine::load_weight(activations + (step.number * kRows + r.number) * kWidth);
