@@ -84,12 +84,12 @@ struct Int8Tile<0> {
     BNB_INLINE void store(int32_t*) const {}
 };
 
-// What a tile reads: rows of A, 4 rows of B, and how far on the rows of B lie that are wanted next.
+// What a tile reads: rows of A, 4 rows of B, and where those of B begin that are wanted next, if they are.
 struct Int8Operands {
     const Activation* a;
     int64_t stride;
     const int8_t* b[kTileColumns];
-    int64_t ahead;
+    const int8_t* next;
 };
 
 // Sums of `rows` rows of A and 4 of B over whole steps of K.
@@ -97,15 +97,13 @@ template <int rows, bool prefetch>
 void int8_tile(const Int8Operands& operands, int64_t K, int32_t* sums) {
     const Activation* const a = operands.a;
     const int8_t *b0 = operands.b[0], *b1 = operands.b[1], *b2 = operands.b[2], *b3 = operands.b[3];
-    const int64_t stride = operands.stride, ahead = operands.ahead;
+    const int8_t* const next = operands.next;
+    const int64_t stride = operands.stride;
     Int8Tile<rows> tile;
     tile.clear();
     for (int64_t k = 0; k < K; k += kDotBytes) {
-        if (prefetch && k % 64 == 0) {
-            BNB_PREFETCH(b0 + k + ahead);
-            BNB_PREFETCH(b1 + k + ahead);
-            BNB_PREFETCH(b2 + k + ahead);
-            BNB_PREFETCH(b3 + k + ahead);
+        if (prefetch && k % 64 == 0) {  // in the order of addresses, which memory serves faster than four rows at once
+            for (int64_t c = 0; c < kTileColumns; ++c) BNB_PREFETCH(next + kTileColumns * k + 64 * c);
         }
         const Weights w0 = load_weights(b0 + k), w1 = load_weights(b1 + k);
         const Weights w2 = load_weights(b2 + k), w3 = load_weights(b3 + k);
@@ -119,7 +117,7 @@ BNB_INLINE void int8_tile_of(int64_t count, const Int8Operands& operands, int64_
     if constexpr (rows > 1) {
         if (count < rows) return int8_tile_of<rows - 1>(count, operands, K, sums);
     }
-    if (operands.ahead) {
+    if (operands.next) {
         int8_tile<rows, true>(operands, K, sums);
     } else {
         int8_tile<rows, false>(operands, K, sums);
@@ -133,7 +131,7 @@ inline void int8_sums(int64_t count, const Int8Operands& operands, int64_t K, in
     if (whole == K) return;
 
     int8_t padded[kTileColumns][kDotBytes] = {};
-    Int8Operands rest{operands.a + whole, operands.stride, {}, 0};
+    Int8Operands rest{operands.a + whole, operands.stride, {}, nullptr};
     for (int c = 0; c < kTileColumns; ++c) {
         memcpy(padded[c], operands.b[c] + whole, static_cast<size_t>(K - whole));
         rest.b[c] = padded[c];
@@ -160,8 +158,8 @@ void int8_product(const Int8Rows& A, const int8_t* B, int64_t N, int32_t threads
         for (int64_t m = 0; m < A.rows(); m += kTileRows) {
             const int64_t rows = smaller(kTileRows, A.rows() - m);
             for (int64_t n = first; n < last; n += kTileColumns) {
-                const int64_t ahead = m == 0 && n + 2 * kTileColumns <= N ? kTileColumns * K : 0;
-                Int8Operands operands{A.row(m), A.stride(), {}, ahead};
+                const bool fetches = m == 0 && n + 2 * kTileColumns <= N;
+                Int8Operands operands{A.row(m), A.stride(), {}, fetches ? B + (n + kTileColumns) * K : nullptr};
                 for (int64_t c = 0; c < kTileColumns; ++c) operands.b[c] = B + smaller(n + c, last - 1) * K;
                 int8_sums(rows, operands, K, sums + (n - first));
             }
