@@ -83,6 +83,9 @@ def _(A, absmax, code, blocksize, dtype, out):
     )
 
 
+_LEAST_DENSE_ROWS = 12  # up to here nothing has to be asked
+
+
 @cache
 def _dense_rows(dtype: torch.dtype, tiled: bool) -> float:
     """From how many rows on torch's product with the decoded weight beats ours: benchmarking/bench_cpu.py.
@@ -95,7 +98,7 @@ def _dense_rows(dtype: torch.dtype, tiled: bool) -> float:
     isa = lib.bnb_cpu_isa()
     if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
         return math.inf if tiled and isa == b"avx512amx" else 32
-    return 12 if has_avx512bf16() and isa not in (b"avx512amx", b"avx512bf16") else math.inf
+    return _LEAST_DENSE_ROWS if has_avx512bf16() and isa not in (b"avx512amx", b"avx512bf16") else math.inf
 
 
 def _multiply(
@@ -179,8 +182,9 @@ def _decode_and_multiply(
 
 @_native_kernel(gemm_4bit, "bnb_cpu_gemm_4bit")
 def _(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset, out):
-    most = _dense_rows(A.dtype, (shapeB[1] | blocksize) % 64 == 0)
-    if most < math.inf and A.shape[:-1].numel() >= most:
+    K = shapeB[1]
+    few = A.numel() < _LEAST_DENSE_ROWS * K
+    if not few and A.shape[:-1].numel() >= _dense_rows(A.dtype, (K | blocksize) % 64 == 0):
         if absmax_8bit is not None:
             absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
         _decode_and_multiply(A, B, shapeB, absmax, quant_type, blocksize, bias, out)
