@@ -378,9 +378,10 @@ struct TransposedWeight {
 
     void decode(int64_t n, int64_t k, int64_t steps, uint32_t* target) const {
         const Table16 local = table;
-        const int64_t bytes = K - k < kVectorCodes ? (K - k) / 2 : kVectorBytes;
+        Block block{(n * K + k) / blocksize, (n * K + k) % blocksize, K / blocksize, K % blocksize};
         for (int64_t pair = 0; pair < steps * kAmxRows; ++pair) {
-            const ScaledCodes even = row(local, n + 2 * pair, k, bytes), odd = row(local, n + 2 * pair + 1, k, bytes);
+            const ScaledCodes even = row(local, n + 2 * pair, k, block);
+            const ScaledCodes odd = row(local, n + 2 * pair + 1, k, block);
             uint32_t* const line = target + pair * kAmxRows;
             unrolled<kStepsOfVector>([&](auto s) {
                 I32 low, high;
@@ -392,23 +393,31 @@ struct TransposedWeight {
     }
 
   private:
-    static constexpr int64_t kAhead = 32;  // rows
+    static constexpr int64_t kAhead = 16;  // rows
 
-    BNB_INLINE ScaledCodes row(const Table16& local, int64_t n, int64_t k, int64_t bytes) const {
-        static constexpr float kNone[2] = {};
-        if (n >= N) return ScaledCodes(local, broadcast(int32_t(0)), kNone);
-        const int64_t begin = n * K + k;
-        const uint8_t* const source = packed + begin / 2;
+    // The block that a row's vector begins in, the values of it before that, and how far on those of the next row are.
+    struct Block {
+        int64_t number, before, step, rest;
+    };
+
+    // Row n; its block becomes that of row n + 1.
+    BNB_INLINE ScaledCodes row(const Table16& local, int64_t n, int64_t k, Block& block) const {
+        float scales[2] = {};
+        if (n >= N) return ScaledCodes(local, broadcast(int32_t(0)), scales);
+        const uint8_t* const source = packed + (n * K + k) / 2;
         BNB_PREFETCH(source + kAhead * K / 2);
-        const float first = absmax[uint64_t(begin) / uint64_t(blocksize)];
-        if (bytes == kVectorBytes) {
-            const float scales[2] = {first, absmax[uint64_t(begin + kScaledCodes) / uint64_t(blocksize)]};
-            return ScaledCodes(local, load_words(source), scales);
+        scales[0] = absmax[block.number];
+        const int64_t second = block.before + kScaledCodes < blocksize ? block.number : block.number + 1;
+        block.number += block.step;
+        block.before += block.rest;
+        if (block.before >= blocksize) block.before -= blocksize, ++block.number;
+        if (K - k < kVectorCodes) {
+            uint8_t half[kVectorBytes] = {};
+            memcpy(half, source, kVectorBytes / 2);
+            return ScaledCodes(local, load_words(half), scales);
         }
-        const float scales[2] = {first, 0.0f};
-        uint8_t half[kVectorBytes] = {};
-        memcpy(half, source, kVectorBytes / 2);
-        return ScaledCodes(local, load_words(half), scales);
+        scales[1] = absmax[second];
+        return ScaledCodes(local, load_words(source), scales);
     }
 };
 
