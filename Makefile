@@ -41,7 +41,7 @@ help:
 	@echo 'make test                 the test suite on this machine'
 	@echo 'make test-without-native  the same with no native library: everything in plain torch'
 	@echo 'make neon                 cross-build the CPU library for ARM; `make test` then tests it under qemu-aarch64'
-	@echo 'make amx                  build the kernels for AMX with its registers in memory; `make test` then tests them anywhere'
+	@echo 'make amx                  build the kernels for AMX with its registers in memory; with AVX512-BF16 `make test` then tests them'
 	@echo 'make lint                 ruff, clang-format, mypy'
 	@echo 'make cuda                 build the CUDA library for every architecture (needs nvcc)'
 	@echo 'make wheel                the distributable package under dist/'
