@@ -63,20 +63,23 @@ template <class T>
 void dequantize_blockwise(
     const float* code, const uint8_t* codes, const float* absmax, T* values, int64_t n, int64_t blocksize,
     int32_t threads) {
-    const MapDecoder decoder(code);
+    const MapDecoder shared(code);
     parallel_for(n, kBlockwiseGrain, threads, [&](int64_t begin, int64_t end) {
+        const MapDecoder& decoder = shared;  // and other locals: stores could change what is captured
+        const uint8_t* const from = codes;
+        T* const to = values;
         for (int64_t i = begin; i < end;) {
             const int64_t block = i / blocksize;
             const int64_t stop = end - block * blocksize < blocksize ? end : (block + 1) * blocksize;
             const F32 scale = broadcast(absmax[block]);
             const auto scaled = [&](F32 x) { return x * scale; };
             for (; i + kChunk <= stop; i += kChunk) {
-                store_chunk(values + i, each_part(decoder.decode(codes + i), scaled));
+                store_chunk(to + i, each_part(decoder.decode(from + i), scaled));
             }
             if (i < stop) {
                 uint8_t padded[kChunk] = {};
-                memcpy(padded, codes + i, static_cast<size_t>(stop - i));
-                store_partial_chunk(values + i, each_part(decoder.decode(padded), scaled), stop - i);
+                memcpy(padded, from + i, static_cast<size_t>(stop - i));
+                store_partial_chunk(to + i, each_part(decoder.decode(padded), scaled), stop - i);
                 i = stop;
             }
         }

@@ -17,11 +17,13 @@ class FourBitEncoder {
         zero_code_ = format.codes[bucket_of(0.0f, format.thresholds, 15)];
     }
 
-    BNB_INLINE I32 bucket(F32 scaled) const {
-        I32 index = descend(broadcast(int32_t(0)), scaled, root_);
-        index = descend(index, scaled, lookup(level1_, index));
-        index = descend(index, scaled, lookup(level2_, index));
-        return descend(index, scaled, lookup(level3_, index));
+    // The buckets of some vectors, level by level: each is a long chain of operations, and few schedulers hold several.
+    template <int kVectors>
+    BNB_INLINE void buckets(const F32 (&scaled)[kVectors], I32 (&index)[kVectors]) const {
+        for (int v = 0; v < kVectors; ++v) index[v] = descend(broadcast(int32_t(0)), scaled[v], root_);
+        for (int v = 0; v < kVectors; ++v) index[v] = descend(index[v], scaled[v], lookup(level1_, index[v]));
+        for (int v = 0; v < kVectors; ++v) index[v] = descend(index[v], scaled[v], lookup(level2_, index[v]));
+        for (int v = 0; v < kVectors; ++v) index[v] = descend(index[v], scaled[v], lookup(level3_, index[v]));
     }
 
     BNB_INLINE I32 code(I32 bucket) const { return bits(lookup(codes_, bucket)); }
@@ -52,7 +54,8 @@ class FourBitEncoder {
           codes_(nodes.codes) {}
 
     F32 root_;
-    Table8 level1_, level2_, level3_;
+    Table4 level1_, level2_;
+    Table8 level3_;
     Table16 codes_;
     bool sorted_ = true;
     int32_t zero_code_ = 0;
@@ -62,41 +65,71 @@ class FourBitEncoder {
 template <bool kSorted, class T, class Scale>
 BNB_INLINE void encode_4bit_block(
     const FourBitEncoder& encoder, const T* values, int64_t n, uint8_t* packed, const Scale& scale) {
-    const auto encode = [&](F32 x) {
-        const I32 bucket = encoder.bucket(scale(x));
-        return kSorted ? bucket : encoder.code(bucket);
+    const auto encode = [&](const auto& x, auto& codes) {
+        encoder.buckets(x, codes);
+        if constexpr (!kSorted) {
+            for (I32& code : codes) code = encoder.code(code);
+        }
     };
     int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) pack_4bit(packed + i / 2, encode(load(values + i)));
+    for (constexpr int64_t kStep = kPackedTogether * kWidth; i + kStep <= n; i += kStep) {
+        F32 x[kPackedTogether];
+        I32 codes[kPackedTogether];
+        for (int v = 0; v < kPackedTogether; ++v) x[v] = scale(load(values + i + v * kWidth));
+        encode(x, codes);
+        pack_4bit(packed + i / 2, codes);
+    }
+    const auto encode_one = [&](F32 x) {
+        const F32 one[1] = {scale(x)};
+        I32 codes[1];
+        encode(one, codes);
+        return codes[0];
+    };
+    for (; i + kWidth <= n; i += kWidth) pack_4bit(packed + i / 2, encode_one(load(values + i)));
     if (i == n) return;
     uint8_t padded[kWidth / 2];
-    pack_4bit(padded, encode(load_partial(values + i, n - i)));
+    pack_4bit(padded, encode_one(load_partial(values + i, n - i)));
     const int64_t bytes = (n - i + 1) / 2;
     if (n % 2) padded[bytes - 1] = static_cast<uint8_t>((padded[bytes - 1] & 0xf0) | encoder.zero_code());
     memcpy(packed + i / 2, padded, static_cast<size_t>(bytes));
 }
+
+// Values whose blocks' magnitudes are found before the first block is encoded: one after the other, each would wait for
+// the reciprocal of its own. They stay in the first-level cache.
+constexpr int64_t kScaledTogether = 2048;
 
 template <bool kSorted, class T>
 void quantize_4bit_blocks(
     const FourBitEncoder& shared, const T* values, uint8_t* packed, float* absmax, int64_t n, int64_t blocksize,
     int64_t first, int64_t last) {
     const FourBitEncoder encoder = shared;  // a local copy may live in registers
-    for (int64_t block = first; block < last; ++block) {
-        const int64_t begin = block * blocksize;
-        const bool whole = n - begin >= blocksize;
-        const int64_t count = whole ? blocksize : n - begin;
-        const float largest = largest_magnitude(values + begin, count);
-        const float floored = floored_absmax(largest);
-        absmax[block] = whole ? largest : floored;
-        if (whole) {
-            const F32 factor = broadcast(1.0f / floored);
-            encode_4bit_block<kSorted>(
-                encoder, values + begin, count, packed + begin / 2, [&](F32 x) { return x * factor; });
-        } else {
-            const F32 divisor = broadcast(floored);
-            encode_4bit_block<kSorted>(
-                encoder, values + begin, count, packed + begin / 2, [&](F32 x) { return x / divisor; });
-        }
+    float floored[kScaledTogether];
+    const int64_t together = blocksize < kScaledTogether ? kScaledTogether / blocksize : 1;
+    for (int64_t group = first; group < last; group += together) {
+        const int64_t stop = last - group < together ? last : group + together;
+        const auto each_block = [&](const auto& body) {
+            for (int64_t block = group; block < stop; ++block) {
+                const int64_t begin = block * blocksize;
+                const bool whole = n - begin >= blocksize;
+                body(block, values + begin, packed + begin / 2, whole ? blocksize : n - begin, whole);
+            }
+        };
+        each_block([&](int64_t block, const T* from, uint8_t*, int64_t count, bool whole) {
+            const float largest = largest_magnitude(from, count);
+            floored[block - group] = floored_absmax(largest);
+            absmax[block] = whole ? largest : floored[block - group];
+        });
+        each_block([&](int64_t block, const T* from, uint8_t* to, int64_t count, bool whole) {
+            constexpr int64_t kLine = 64 / sizeof(T);  // fetch what the next group begins with
+            for (int64_t i = 0; i < count; i += kLine) BNB_PREFETCH(from + together * blocksize + i);
+            if (whole) {
+                const F32 factor = broadcast(1.0f / floored[block - group]);
+                encode_4bit_block<kSorted>(encoder, from, count, to, [&](F32 x) { return x * factor; });
+            } else {
+                const F32 divisor = broadcast(floored[block - group]);
+                encode_4bit_block<kSorted>(encoder, from, count, to, [&](F32 x) { return x / divisor; });
+            }
+        });
     }
 }
 
@@ -129,6 +162,15 @@ BNB_INLINE void dequantize_4bit_range(
         const int64_t block = i / blocksize;
         const int64_t stop = end - block * blocksize < blocksize ? end : (block + 1) * blocksize;
         const F32 scale = broadcast(absmax[block]);
+#ifdef BNB_HAVE_HALF_TABLES
+        // A block has sixteen results; where they are short, looking them up is faster than computing each anew.
+        if constexpr (sizeof(T) == 2) {
+            if (stop - i >= HalfTable<T>::kCodes) {
+                const HalfTable<T> results(table, scale);
+                for (; i + results.kCodes <= stop; i += results.kCodes) results.look_up(packed + i / 2, origin + i);
+            }
+        }
+#endif
         for (; i + kWidth <= stop; i += kWidth) {
             store(origin + i, lookup(table, unpack_4bit(packed + i / 2)) * scale);
         }

@@ -41,11 +41,12 @@ def boundaries(code: Tensor) -> Tensor:
     return points[points.abs() <= 1]
 
 
+@pytest.mark.parametrize("repeats", [1, 3])  # a table is made for many values alone
 @pytest.mark.parametrize("name", MAPS)
-def test_boundaries_between_codes(variants, name):
+def test_boundaries_between_codes(variants, name, repeats):
     """A value on a midpoint takes the lower code, its neighbours theirs; the scale of every block is one."""
     code = MAPS[name]
-    points = boundaries(code)
+    points = boundaries(code).repeat(repeats)
     rows = torch.nn.functional.pad(points, (0, -points.numel() % 255)).view(-1, 255)
     values = torch.cat([rows, torch.ones(len(rows), 1)], dim=1).contiguous()
     expected = torch.searchsorted(midpoints(code).double(), values.double()).to(torch.uint8)
@@ -56,6 +57,23 @@ def test_boundaries_between_codes(variants, name):
             code.data_ptr(), values.data_ptr(), 0, codes.data_ptr(), absmax.data_ptr(), values.numel(), BLOCK, 1
         )  # fmt: skip
         assert torch.equal(codes, expected), isa
+
+
+@pytest.mark.parametrize("n", [2 * BLOCK, 80 * BLOCK])
+@pytest.mark.parametrize("name", MAPS)
+def test_nan_takes_the_last_code_in_its_block_alone(variants, name, n):
+    values = torch.rand(n // BLOCK, BLOCK) * 2 - 1
+    values[:, 0] = 1.0
+    expected = torch.searchsorted(midpoints(MAPS[name]).double(), values.double()).to(torch.uint8)
+    values[0, 3], values[-1, 5] = torch.nan, -torch.nan
+    expected[0], expected[-1] = 255, 255
+
+    for isa, library in variants.items():
+        codes, absmax = torch.zeros(n, dtype=torch.uint8), torch.zeros(n // BLOCK)
+        library.bnb_cpu_quantize_blockwise(
+            MAPS[name].data_ptr(), values.data_ptr(), 0, codes.data_ptr(), absmax.data_ptr(), n, BLOCK, 1
+        )
+        assert torch.equal(codes.view(-1, BLOCK), expected), isa
 
 
 def step_8bit(library, name: str, tensors: dict[str, Tensor | None], skip_zeros: bool) -> None:

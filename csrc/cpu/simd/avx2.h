@@ -31,23 +31,32 @@ BNB_INLINE F32 load(const BFloat16* source) {
 
 BNB_INLINE void store(float* target, F32 x) { _mm256_storeu_ps(target, x.v); }
 
-BNB_INLINE void store(Half* target, F32 x) {
-    _mm_storeu_si128(
-        reinterpret_cast<__m128i*>(target), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
 // Halves of eight 32-bit lanes, narrowed without saturation taking effect.
 BNB_INLINE __m128i narrow_u16(__m256i x) {
     return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
 }
 
-BNB_INLINE void store(BFloat16* target, F32 x) {
+// Eight values rounded to 16 bits.
+template <class T>
+__m128i rounded(F32 x);
+
+template <>
+BNB_INLINE __m128i rounded<Half>(F32 x) {
+    return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+template <>
+BNB_INLINE __m128i rounded<BFloat16>(F32 x) {
     const __m256i raw = _mm256_castps_si256(x.v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(raw, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(raw, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i sum = _mm256_add_epi32(raw, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-    const __m256i upper = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), narrow_u16(upper));
+    return narrow_u16(_mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), nan));
+}
+
+template <class T>
+BNB_INLINE void store(T* target, F32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), rounded<T>(x));
 }
 
 BNB_INLINE I32 load_u8(const uint8_t* source) {
@@ -112,6 +121,11 @@ BNB_INLINE I32 descend(I32 index, F32 x, F32 threshold) {
     return {_mm256_sub_epi32(_mm256_add_epi32(index.v, index.v), above)};
 }
 
+struct Table4 {
+    __m256 v;  // twice, since permutations within 16 bytes are the fastest
+    explicit Table4(const float* values) : v(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(values))) {}
+};
+
 struct Table8 {
     __m256 v;
     explicit Table8(const float* values) : v(_mm256_loadu_ps(values)) {}
@@ -122,6 +136,7 @@ struct Table16 {
     explicit Table16(const float* values) : low(_mm256_loadu_ps(values)), high(_mm256_loadu_ps(values + 8)) {}
 };
 
+BNB_INLINE F32 lookup(const Table4& table, I32 index) { return {_mm256_permutevar_ps(table.v, index.v)}; }
 BNB_INLINE F32 lookup(const Table8& table, I32 index) { return {_mm256_permutevar8x32_ps(table.v, index.v)}; }
 
 BNB_INLINE F32 lookup(const Table16& table, I32 index) {
@@ -130,11 +145,71 @@ BNB_INLINE F32 lookup(const Table16& table, I32 index) {
     return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index.v, 28)))};
 }
 
-BNB_INLINE F32 gather(const float* table, I32 index) { return {_mm256_i32gather_ps(table, index.v, 4)}; }
-
-BNB_INLINE I32 gather_u8(const uint8_t* table, I32 index) {
-    return I32{_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), index.v, 1)} & broadcast(int32_t(255));
+// table[index(i)] in lane i. Loads and shuffles take half the time of a gather where that is microcode.
+template <class Index>
+BNB_INLINE __m256i load_lanes(const float* table, const Index& index) {
+    const auto pair = [&](int i) {
+        const __m128 first = _mm_load_ss(table + index(i)), second = _mm_load_ss(table + index(i + 1));
+        return _mm_unpacklo_epi32(_mm_castps_si128(first), _mm_castps_si128(second));
+    };
+    return _mm256_set_m128i(_mm_unpacklo_epi64(pair(4), pair(6)), _mm_unpacklo_epi64(pair(0), pair(2)));
 }
+
+BNB_INLINE F32 gather(const float* table, I32 index) {
+    alignas(32) uint32_t lanes[kWidth];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), index.v);
+    return {_mm256_castsi256_ps(load_lanes(table, [&](int i) { return lanes[i]; }))};
+}
+
+#define BNB_HAVE_CELLS
+
+// What goes from scalar to vector registers and back costs most, so codes stay bytes.
+BNB_INLINE void encode_by_cell(const uint8_t* cells, const float* midpoints, F32 x, uint8_t* codes) {
+    alignas(32) uint32_t lanes[kWidth];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_srli_epi32(_mm256_castps_si256(x.v), 16));
+    uint64_t below = 0;
+    for (int i = 0; i < kWidth; ++i) {
+        lanes[i] = cells[lanes[i]];
+        below |= uint64_t(lanes[i]) << (8 * i);
+    }
+    const __m256 inside = _mm256_castsi256_ps(load_lanes(midpoints, [&](int i) { return lanes[i]; }));
+    const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x.v, inside, _CMP_NLE_UQ));
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(above), _mm256_extracti128_si256(above, 1));
+    const __m128i bytes = _mm_packs_epi16(words, words);
+    const __m128i counted = _mm_sub_epi8(_mm_cvtsi64_si128(static_cast<int64_t>(below)), bytes);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), counted);
+}
+
+#define BNB_HAVE_HALF_TABLES
+
+// Two tables of bytes, of which one shuffle each looks 32 codes up.
+template <class T>
+class HalfTable {
+  public:
+    static constexpr int64_t kCodes = 32;
+
+    BNB_INLINE HalfTable(const Table16& table, F32 scale) {
+        const __m128i first = rounded<T>(F32{table.low} * scale), second = rounded<T>(F32{table.high} * scale);
+        const __m128i low_byte = _mm_set1_epi16(255);
+        const __m128i lower = _mm_packus_epi16(_mm_and_si128(first, low_byte), _mm_and_si128(second, low_byte));
+        const __m128i upper = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+        lower_ = _mm256_broadcastsi128_si256(lower);
+        upper_ = _mm256_broadcastsi128_si256(upper);
+    }
+
+    BNB_INLINE void look_up(const uint8_t* packed, T* target) const {
+        const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+        const __m256i second = _mm256_and_si256(_mm256_slli_epi16(wide, 8), _mm256_set1_epi16(0x0f00));
+        const __m256i codes = _mm256_or_si256(_mm256_srli_epi16(wide, 4), second);
+        const __m256i lower = _mm256_shuffle_epi8(lower_, codes), upper = _mm256_shuffle_epi8(upper_, codes);
+        const __m256i a = _mm256_unpacklo_epi8(lower, upper), b = _mm256_unpackhi_epi8(lower, upper);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm256_permute2x128_si256(a, b, 0x20));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(target) + 1, _mm256_permute2x128_si256(a, b, 0x31));
+    }
+
+  private:
+    __m256i lower_, upper_;
+};
 
 // Each byte lands in two neighbouring lanes; the even one shifts its high nibble down.
 BNB_INLINE I32 unpack_4bit(const uint8_t* packed) {
@@ -149,6 +224,19 @@ BNB_INLINE void pack_4bit(uint8_t* packed, I32 codes) {
     const __m128i pairs = _mm_maddubs_epi16(narrow_u8(codes), _mm_set1_epi16(0x0110));  // 16 * even + odd
     const int32_t raw = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
     memcpy(packed, &raw, sizeof(raw));
+}
+
+#define BNB_HAVE_JOINT_PACK
+constexpr int kPackedTogether = 4;
+
+// Until the last step the two halves of a register have the halves of each vector.
+BNB_INLINE void pack_4bit(uint8_t* packed, const I32 (&codes)[kPackedTogether]) {
+    const __m256i front = _mm256_packus_epi32(codes[0].v, codes[1].v);
+    const __m256i back = _mm256_packus_epi32(codes[2].v, codes[3].v);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_packus_epi16(front, back), _mm256_set1_epi16(0x0110));
+    const __m256i bytes = _mm256_packus_epi16(pairs, pairs);
+    const __m128i joined = _mm_unpacklo_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), joined);
 }
 
 BNB_INLINE I32 load_words(const void* source) { return {_mm256_loadu_si256(static_cast<const __m256i*>(source))}; }
@@ -239,6 +327,10 @@ constexpr int64_t kLookupRows = 16;
 template <int n>
 BNB_INLINE F32 lookup_many(const float* table, I32 index) {
     return gather(table, index);
+}
+
+BNB_INLINE F32 lookup_codes(const float* table, const uint8_t* codes) {
+    return {_mm256_castsi256_ps(load_lanes(table, [&](int i) { return codes[i]; }))};
 }
 
 BNB_INLINE bool any_above(I32 a, I32 b) { return _mm256_movemask_epi8(_mm256_cmpgt_epi32(a.v, b.v)) != 0; }

@@ -120,6 +120,8 @@ struct Table8 {
     explicit Table8(const float* values) : v(_mm512_broadcast_f32x8(_mm256_loadu_ps(values))) {}
 };
 
+using Table4 = Table8;
+
 struct Table16 {
     __m512 v;
     explicit Table16(const float* values) : v(_mm512_loadu_ps(values)) {}
@@ -128,10 +130,6 @@ struct Table16 {
 BNB_INLINE F32 lookup(const Table8& table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 BNB_INLINE F32 lookup(const Table16& table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 BNB_INLINE F32 gather(const float* table, I32 index) { return {_mm512_i32gather_ps(index.v, table, 4)}; }
-
-BNB_INLINE I32 gather_u8(const uint8_t* table, I32 index) {
-    return I32{_mm512_i32gather_epi32(index.v, table, 1)} & broadcast(int32_t(255));
-}
 
 // Each byte lands in two neighbouring lanes; the even one shifts its high nibble down.
 BNB_INLINE I32 unpack_4bit(const uint8_t* packed) {
@@ -221,6 +219,10 @@ BNB_INLINE F32 lookup_many(const float* table, I32 index) {
         const F32 low = lookup_many<n / 2>(table, index), high = lookup_many<n / 2>(table + n / 2, index);
         return {_mm512_mask_blend_ps(upper, low.v, high.v)};
     }
+}
+
+BNB_INLINE F32 lookup_codes(const float* table, const uint8_t* codes) {
+    return lookup_many<256>(table, load_u8(codes));
 }
 
 BNB_INLINE bool any_above(I32 a, I32 b) { return _mm512_cmpgt_epi32_mask(a.v, b.v) != 0; }

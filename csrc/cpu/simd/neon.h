@@ -119,6 +119,8 @@ struct Table8 {
     }
 };
 
+using Table4 = Table8;
+
 struct Table16 {
     uint8x16x4_t v;
     explicit Table16(const float* values) {
@@ -139,13 +141,6 @@ BNB_INLINE F32 gather(const float* table, I32 index) {
         table[vgetq_lane_s32(index.v, 0)], table[vgetq_lane_s32(index.v, 1)], table[vgetq_lane_s32(index.v, 2)],
         table[vgetq_lane_s32(index.v, 3)]};
     return load(values);
-}
-
-BNB_INLINE I32 gather_u8(const uint8_t* table, I32 index) {
-    const int32_t values[4] = {
-        table[vgetq_lane_s32(index.v, 0)], table[vgetq_lane_s32(index.v, 1)], table[vgetq_lane_s32(index.v, 2)],
-        table[vgetq_lane_s32(index.v, 3)]};
-    return {vld1q_s32(values)};
 }
 
 BNB_INLINE I32 unpack_4bit(const uint8_t* packed) {
@@ -192,6 +187,11 @@ constexpr int64_t kLookupRows = 0;
 template <int n>
 BNB_INLINE F32 lookup_many(const float* table, I32 index) {
     return gather(table, index);
+}
+
+BNB_INLINE F32 lookup_codes(const float* table, const uint8_t* codes) {
+    const float found[4] = {table[codes[0]], table[codes[1]], table[codes[2]], table[codes[3]]};
+    return load(found);
 }
 
 BNB_INLINE bool any_above(I32 a, I32 b) { return vmaxvq_u32(vcgtq_s32(a.v, b.v)) != 0; }

@@ -102,6 +102,8 @@ struct Table8 {
     explicit Table8(const float* values) { memcpy(value, values, sizeof(value)); }
 };
 
+using Table4 = Table8;
+
 struct Table16 {
     float value[16];
     explicit Table16(const float* values) { memcpy(value, values, sizeof(value)); }
@@ -110,7 +112,6 @@ struct Table16 {
 BNB_INLINE F32 lookup(const Table8& table, const I32& index) { return BNB_F32(table.value[index.lane[i]]); }
 BNB_INLINE F32 lookup(const Table16& table, const I32& index) { return BNB_F32(table.value[index.lane[i]]); }
 BNB_INLINE F32 gather(const float* table, const I32& index) { return BNB_F32(table[index.lane[i]]); }
-BNB_INLINE I32 gather_u8(const uint8_t* table, const I32& index) { return BNB_I32(table[index.lane[i]]); }
 
 BNB_INLINE I32 unpack_4bit(const uint8_t* packed) { return BNB_I32(i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4); }
 
@@ -164,6 +165,8 @@ template <int n>
 BNB_INLINE F32 lookup_many(const float* table, const I32& index) {
     return gather(table, index);
 }
+
+BNB_INLINE F32 lookup_codes(const float* table, const uint8_t* codes) { return BNB_F32(table[codes[i]]); }
 
 BNB_INLINE bool any_above(const I32& a, const I32& b) {
     bool any = false;

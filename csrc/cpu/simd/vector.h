@@ -9,10 +9,11 @@
 //   masks are I32, all ones or zero:     nan_mask(x)   at_least_mask(a, b) = a >= b   select(mask, yes, no)
 //   round_to_int(F32): ties to even; a NaN gives any value
 //   descend(index, x, t): 2 * index + !(x <= t), one level of a binary search where NaN goes right
-//   Table8, Table16: 8 or 16 floats in registers; lookup(table, I32)
-//   gather(const float*, I32), gather_u8(const uint8_t*, I32): the latter may read 3 bytes past the entry
+//   Table4, Table8, Table16: floats in registers, made of 8 or 16; lookup(table, I32)
+//   gather(const float*, I32)
 //   lookup_many<n>(const float*, I32): n a power of two up to 256, may read 16 floats; whether that avoids a gather
 //   is kPermutesTables
+//   lookup_codes(const float*, const uint8_t*): the entries of 256 that kWidth bytes name
 //   unpack_4bit(const uint8_t*): kWidth / 2 bytes -> kWidth codes, high nibble first; pack_4bit the inverse
 //   load_words(const void*), store_words(void*, I32): kWidth 32-bit words
 //   load_transposed(rows, offset, words): words[i] has the i-th word of each of kWidth rows, from a byte offset on
@@ -20,6 +21,10 @@
 //   lookup_nibble<k>(Table16, I32): the entry that bits k .. k + 3 of each word name; for up to kLookupRows activations
 //   to look a weight up for each tile is faster than to load it
 //   reduce_add(F32), reduce_max(I32), any_above(I32 a, I32 b): whether a > b in any lane
+//   with BNB_HAVE_HALF_TABLES also HalfTable<T>(Table16, F32 scale): the sixteen products rounded to 16 bits;
+//   look_up(packed, T*) decodes kCodes codes to them
+//   with BNB_HAVE_JOINT_PACK also pack_4bit of kPackedTogether vectors at once
+//   with BNB_HAVE_CELLS also encode_by_cell, which map_codes_gather.inl has for the others
 //   with BNB_HAVE_PAIRS also the products of bfloat16 pairs in avx512bf16.h; with BNB_HAVE_AMX those of whole tiles
 //
 // A trick only one set knows goes into that set's file, behind a name that all of them have.
@@ -45,6 +50,11 @@
 #endif
 
 BNB_NAMESPACE_BEGIN
+
+#ifndef BNB_HAVE_JOINT_PACK
+constexpr int kPackedTogether = 1;
+BNB_INLINE void pack_4bit(uint8_t* packed, const I32 (&codes)[1]) { pack_4bit(packed, codes[0]); }
+#endif
 
 // |x| as an integer: magnitudes order like their bits, and NaN is above infinity, so it wins every max.
 BNB_INLINE I32 magnitude_bits(F32 x) { return bits(x) & broadcast(int32_t(0x7fffffff)); }
