@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ class Report:
     """Rows of one run on one machine, written as ``results/<date>-<name>-<device>.json``."""
 
     name: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)  # dataclasses with a `device`
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
