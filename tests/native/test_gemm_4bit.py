@@ -172,7 +172,7 @@ def test_tiles_that_decode_give_the_bits_of_decoded_ones(variants, problem):
     A = torch.randn(40, weight.shape[1])
     for name, library in variants.items():
         many = weight.multiply(library, A)
-        for M in (8, 13, 16):
+        for M in (9, 13, 16):
             assert torch.equal(weight.multiply(library, A[:M].clone()), many[:M]), (name, M)
 
 
