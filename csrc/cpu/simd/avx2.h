@@ -177,15 +177,15 @@ struct ByteTable {
     }
 };
 
-// The codes in the upper or lower halves of all bytes. Units that shuffle, of which there is too few, would shift too;
-// those that multiply are free.
+// The codes in the upper or lower halves of all bytes. What shifts is what shuffles, of which there is too little here;
+// a multiplication goes elsewhere.
 template <bool upper>
 BNB_INLINE __m256i nibbles(I32 words) {
     const __m256i low = upper ? _mm256_mulhi_epu16(words.v, _mm256_set1_epi16(1 << 12)) : words.v;
     return _mm256_and_si256(low, _mm256_set1_epi8(15));
 }
 
-// Bytes of 16-bit units in the order of codes: of the lower eight codes of each half vector, or of the upper.
+// Two bytes of each of eight codes next to each other: of the lower eight of each half vector, or of the upper.
 template <bool upper>
 BNB_INLINE __m256i interleave(__m256i low, __m256i high) {
     return upper ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
@@ -220,10 +220,10 @@ constexpr int byte_step_code(int step, int lane) {
     return 8 * word + 2 * byte + step / 4;
 }
 
+// Codes of rows in lanes: byte b of a word is step b of a table of bytes if that byte of four rows lies together, so
+// bytes are transposed where other sets transpose words.
 using NibbleTable = ByteTable<4>;
 
-// Bytes are transposed too, so that each byte of four rows' codes lies together and four steps of a table of bytes are
-// the four bytes of a word.
 template <int i>
 BNB_INLINE F32 lookup_code(const NibbleTable& table, I32 codes) {
     return lookup_bytes<i / 2 + 4 * (i % 2)>(table, codes);
