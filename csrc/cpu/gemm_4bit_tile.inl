@@ -24,7 +24,7 @@ constexpr int64_t kVectorBytes = kVectorCodes / 2;
 constexpr bool kRegistersAreFew = kWidth < 16;
 
 // Weight rows that stream_rows takes together: their sums fit the register file twice, or are those of one at a time.
-constexpr int stream_weights(int rows) { return kRegistersAreFew || rows <= 2 ? 4 : 2; }
+constexpr int stream_weights(int rows) { return kByteTables || rows <= (kRegistersAreFew ? 1 : 2) ? 4 : 2; }
 
 // Codes to fetch while those of some rows are read, a vector of each. Whoever reads whole rows fetches in the order of
 // addresses, which memory serves faster than many rows at once.
