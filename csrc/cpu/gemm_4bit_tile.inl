@@ -3,7 +3,7 @@
 // stream_rows decodes whole words of a few weight rows in registers, in the order they lie in memory, and is limited by
 // memory for one activation row. multiply_tile multiplies up to kTileRows activation rows with a panel that lies in the
 // first-level cache for all of them; its accumulators fill the register file, so it is limited by the multiplier.
-// In both, the absmax scales the sum over a segment: the codes that no row's block border divides.
+// In both, the absmax scales the sum over a segment, the codes that no row's block border divides, or over part of it.
 #pragma once
 
 #include "gemm_4bit_engine.inl"
@@ -49,32 +49,29 @@ struct WeightRows {
     NextCodes next;
 };
 
-// total [kWeights][kRows] += segment `index`, which is `vectors` vectors from `vector` on, one weight row after the
-// other, so that sums and tables fit few registers. One activation row has two sums, since each addition would wait for
-// the last.
+// total [kWeights][kRows] += products of vector `vector`, which is in segment `index`, one weight row after the other,
+// so that sums and tables fit few registers. Sums end with the vector, and one activation row has two of them, since
+// each addition waits for the last.
 template <class Engine, int kRows, int kScales>
-BNB_INLINE void add_segment(
+BNB_INLINE void add_vector(
     const WeightRows<stream_weights(kRows)>& row, const typename Engine::Table& table, int64_t index, int64_t vector,
-    int64_t vectors, const uint32_t* activations, F32 (&total)[stream_weights(kRows) * kRows]) {
+    const uint32_t* activations, F32 (&total)[stream_weights(kRows) * kRows]) {
     constexpr int kSteps = int(kWordCodes / Engine::kDepth), kChains = kRows == 1 ? 2 : 1;
     unrolled<stream_weights(kRows)>([&](auto w) BNB_INLINE_BODY {
         const uint32_t* a = activations;
         BNB_HIDE(a);  // kept for the next row, activations would take the registers of tables
         F32 sum[kChains * kRows];
         unrolled<kChains * kRows>([&](auto i) { sum[i.number] = broadcast(0.0f); });
-        for (int64_t v = vector; v < vector + vectors; ++v) {
-            const I32 words = load_words(row.packed[w.number] + v * kVectorBytes);
-            BNB_PREFETCH(row.next.at(w.number, v));
-            unrolled<kSteps>([&](auto step) BNB_INLINE_BODY {
-                const auto weight = Engine::template decode<step.number>(table, words);
-                unrolled<kRows>([&](auto r) BNB_INLINE_BODY {
-                    F32& target = sum[step.number % kChains * kRows + r.number];
-                    const auto value = Engine::load_weight(a + (step.number * kRows + r.number) * kWidth);
-                    target = Engine::add_product(target, weight, value);
-                });
+        const I32 words = load_words(row.packed[w.number] + vector * kVectorBytes);
+        BNB_PREFETCH(row.next.at(w.number, vector));
+        unrolled<kSteps>([&](auto step) BNB_INLINE_BODY {
+            const auto weight = Engine::template decode<step.number>(table, words);
+            unrolled<kRows>([&](auto r) BNB_INLINE_BODY {
+                F32& target = sum[step.number % kChains * kRows + r.number];
+                const auto value = Engine::load_weight(a + (step.number * kRows + r.number) * kWidth);
+                target = Engine::add_product(target, weight, value);
             });
-            a += kSteps * kRows * kWidth;
-        }
+        });
         const F32 scale = repeat<kScales>(row.scales[w.number] + index * kScales);
         unrolled<kRows>([&](auto r) BNB_INLINE_BODY {
             const F32 all = kChains == 2 ? sum[r.number] + sum[kChains * kRows - 1] : sum[r.number];
@@ -96,14 +93,10 @@ void stream_rows(
     unrolled<kWeights * kRows>([&](auto i) { total[i.number] = broadcast(0.0f); });
     int64_t vector = 0, segments = 0;
     if constexpr (kRegistersAreFew) {
-        for (; segment == 1 && vector < vectors; ++vector, ++segments) {  // without a loop inside
-            add_segment<Engine, kRows, kScales>(row, table, segments, vector, 1, activations, total);
+        for (int64_t left = segment; vector < vectors; ++vector) {
+            add_vector<Engine, kRows, kScales>(row, table, segments, vector, activations, total);
             activations += kSteps * kRows * kWidth;
-        }
-        for (; vector < vectors; vector += segment, ++segments) {
-            const int64_t count = vectors - vector < segment ? vectors - vector : segment;
-            add_segment<Engine, kRows, kScales>(row, table, segments, vector, count, activations, total);
-            activations += count * kSteps * kRows * kWidth;
+            if (--left == 0) left = segment, ++segments;
         }
     }
     while (!kRegistersAreFew && vector < vectors) {
