@@ -24,8 +24,12 @@ BNB_INLINE auto tile_kernel(int64_t rows) {
     }
 }
 
-// Words of an activation row at a time, so that all rows stay in the first-level cache.
-constexpr int64_t stream_steps(int rows) { return rows <= 4 ? 2048 * (4 / rows) : 1024; }
+// Words of an activation row at a time, so that all rows stay in the first-level cache; or in the second, where the
+// weight rows that share them follow each other and what a piece costs beside its products weighs more.
+constexpr int64_t stream_steps(int rows) {
+    if (kRegistersAreFew) return rows == 1 ? 8192 : 4096;
+    return rows <= 4 ? 2048 * (4 / rows) : 1024;
+}
 
 // Segments that a vector of codes is a multiple of, or the other way round.
 BNB_INLINE bool can_stream(int64_t segment) { return segment >= 32 && (segment & (segment - 1)) == 0; }

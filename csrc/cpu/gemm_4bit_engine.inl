@@ -10,7 +10,7 @@ BNB_NAMESPACE_BEGIN
 
 struct FloatEngine {
     using Weight = F32;
-    using Table = Table16;
+    using Table = NibbleTable;
     static constexpr int64_t kDepth = 1;  // values of one step
 
     // Which word of the activations meets a lane of a step, of those that belong to a vector of codes.
@@ -18,7 +18,7 @@ struct FloatEngine {
 
     template <int step>
     static BNB_INLINE Weight decode(const Table& table, I32 words) {
-        return lookup_nibble<8 * (step / 2) + (step % 2 ? 0 : 4)>(table, words);
+        return lookup_code<step>(table, words);
     }
     static BNB_INLINE Weight load_weight(const uint32_t* source) {
         return load(reinterpret_cast<const float*>(source));
@@ -32,11 +32,12 @@ struct FloatEngine {
 };
 
 #ifdef BNB_HAVE_BYTE_TABLES
-// Weights in bfloat16, for activations that are no more exact; for streaming alone, because lanes mix words.
+// For streaming alone, because lanes mix words. With two bytes the weights' values are rounded to bfloat16.
+template <int kBytes>
 struct ByteEngine : FloatEngine {
-    using Table = ByteTable;
+    using Table = ByteTable<kBytes>;
 
-    static constexpr int position(int step, int lane) { return byte_step_code(step, lane); }
+    static constexpr int position(int step, int lane) { return byte_step_code<kBytes>(step, lane); }
     template <int step>
     static BNB_INLINE Weight decode(const Table& table, I32 words) {
         return lookup_bytes<step>(table, words);
@@ -77,13 +78,19 @@ struct EngineOf<BFloat16> {
 };
 #endif
 
-// The engine that streams.
+// The engine that streams: its weights are as exact as the activations.
 template <class T>
-struct StreamEngineOf : EngineOf<T> {};
+struct StreamEngineOf {
+#ifdef BNB_HAVE_BYTE_TABLES
+    using type = ByteEngine<4>;
+#else
+    using type = typename EngineOf<T>::type;
+#endif
+};
 #ifdef BNB_HAVE_BYTE_TABLES
 template <>
 struct StreamEngineOf<BFloat16> {
-    using type = ByteEngine;
+    using type = ByteEngine<2>;
 };
 #endif
 

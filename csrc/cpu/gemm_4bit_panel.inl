@@ -184,7 +184,7 @@ struct WordPanels {
                         BNB_PREFETCH(static_cast<const uint8_t*>(row[r]) + offset + 2 * kVectorBytes);
                 }
                 I32 words[kWidth];
-                load_transposed(row, offset, words);
+                load_codes(row, offset, words);
                 for (int64_t i = 0; i < words_left; ++i) target = body(words[i], target);
             }
         }

@@ -3,30 +3,28 @@
 // stream_rows decodes whole words of a few weight rows in registers, in the order they lie in memory, and is limited by
 // memory for one activation row. multiply_tile multiplies up to kTileRows activation rows with a panel that lies in the
 // first-level cache for all of them; its accumulators fill the register file, so it is limited by the multiplier.
-// In both, the absmax scales the sum over a segment: the codes that no row's block border divides.
+// In both, the absmax scales the sum over a segment, the codes that no row's block border divides, or over part of it.
 #pragma once
 
 #include "gemm_4bit_engine.inl"
 
 BNB_NAMESPACE_BEGIN
 
-constexpr int kTileRows = kWidth >= 16 ? 8 : 4;
+constexpr int kTileRows = kWidth >= 16 ? 8 : kByteTables ? 6 : 4;
 constexpr int kTileVectors = 2;
 constexpr int64_t kPanelColumns = kTileVectors * kWidth;
-constexpr int kStreamRows = kWidth >= 16 ? 6 : 4;      // activations that stream_rows takes at most
-constexpr int64_t kWordCodes = 8;                      // codes of one 32-bit word
-constexpr int64_t kVectorCodes = kWordCodes * kWidth;  // codes of a row that are loaded together
+constexpr int kStreamRows = kWidth >= 16 ? 6 : kByteTables ? 8 : 4;  // activations that stream_rows takes at most
+constexpr int64_t kWordCodes = 8;                                    // codes of one 32-bit word
+constexpr int64_t kVectorCodes = kWordCodes * kWidth;                // codes of a row that are loaded together
 constexpr int64_t kVectorBytes = kVectorCodes / 2;
 
 // --- streaming -------------------------------------------------------------------------------------------------------
 
-// Weight rows that stream_rows takes together: their sums fit the register file twice.
-constexpr int stream_weights(int rows) {
-    return (kWidth >= 16 ? rows <= 2 : rows == 1) ? 4 : rows <= (kWidth >= 16 ? 6 : 2) ? 2 : 1;
-}
-
 // Whether one weight row after the other is decoded, because what steps share of several would not fit.
 constexpr bool kRegistersAreFew = kWidth < 16;
+
+// Weight rows that stream_rows takes together: their sums fit the register file twice, or are those of one at a time.
+constexpr int stream_weights(int rows) { return kByteTables || rows <= (kRegistersAreFew ? 1 : 2) ? 4 : 2; }
 
 // Codes to fetch while those of some rows are read, a vector of each. Whoever reads whole rows fetches in the order of
 // addresses, which memory serves faster than many rows at once.
@@ -51,6 +49,37 @@ struct WeightRows {
     NextCodes next;
 };
 
+// total [kWeights][kRows] += products of vector `vector`, which is in segment `index`, one weight row after the other,
+// so that sums and tables fit few registers. Sums end with the vector, and one activation row has two of them, since
+// each addition waits for the last.
+template <class Engine, int kRows, int kScales>
+BNB_INLINE void add_vector(
+    const WeightRows<stream_weights(kRows)>& row, const typename Engine::Table& table, int64_t index, int64_t vector,
+    const uint32_t* activations, F32 (&total)[stream_weights(kRows) * kRows]) {
+    constexpr int kSteps = int(kWordCodes / Engine::kDepth), kChains = kRows == 1 ? 2 : 1;
+    unrolled<stream_weights(kRows)>([&](auto w) BNB_INLINE_BODY {
+        const uint32_t* a = activations;
+        BNB_HIDE(a);  // kept for the next row, activations would take the registers of tables
+        F32 sum[kChains * kRows];
+        unrolled<kChains * kRows>([&](auto i) { sum[i.number] = broadcast(0.0f); });
+        const I32 words = load_words(row.packed[w.number] + vector * kVectorBytes);
+        BNB_PREFETCH(row.next.at(w.number, vector));
+        unrolled<kSteps>([&](auto step) BNB_INLINE_BODY {
+            const auto weight = Engine::template decode<step.number>(table, words);
+            unrolled<kRows>([&](auto r) BNB_INLINE_BODY {
+                F32& target = sum[step.number % kChains * kRows + r.number];
+                const auto value = Engine::load_weight(a + (step.number * kRows + r.number) * kWidth);
+                target = Engine::add_product(target, weight, value);
+            });
+        });
+        const F32 scale = repeat<kScales>(row.scales[w.number] + index * kScales);
+        unrolled<kRows>([&](auto r) BNB_INLINE_BODY {
+            const F32 all = kChains == 2 ? sum[r.number] + sum[kChains * kRows - 1] : sum[r.number];
+            total[w.number * kRows + r.number] = fma(all, scale, total[w.number * kRows + r.number]);
+        });
+    });
+}
+
 // sums [kWeights][kRows] += products of weight and activation rows over `vectors` vectors of codes. A segment is
 // kVectorCodes / kScales codes or, if kScales is 1, `segment` whole vectors.
 template <class Engine, int kRows, int kScales>
@@ -63,24 +92,14 @@ void stream_rows(
     F32 total[kWeights * kRows];
     unrolled<kWeights * kRows>([&](auto i) { total[i.number] = broadcast(0.0f); });
     int64_t vector = 0, segments = 0;
-    if constexpr (kRegistersAreFew && kScales == 1 && kRows == 1) {
-        // Each row's segment is finished before the next row's begins, so that all totals stay in registers.
-        for (; segment == 1 && vector < vectors; ++vector, ++segments) {
-            unrolled<kWeights>([&](auto w) {
-                const uint8_t* const source = row.packed[w.number] + vector * kVectorBytes;
-                const I32 words = load_words(source);
-                BNB_PREFETCH(row.next.at(w.number, vector));
-                F32 sum = broadcast(0.0f);
-                unrolled<kSteps>([&](auto step) {
-                    const auto weight = Engine::template decode<step.number>(table, words);
-                    sum = Engine::add_product(sum, weight, Engine::load_weight(activations + step.number * kWidth));
-                });
-                total[w.number] = fma(sum, broadcast(row.scales[w.number][segments]), total[w.number]);
-            });
-            activations += kSteps * kWidth;
+    if constexpr (kRegistersAreFew) {
+        for (int64_t left = segment; vector < vectors; ++vector) {
+            add_vector<Engine, kRows, kScales>(row, table, segments, vector, activations, total);
+            activations += kSteps * kRows * kWidth;
+            if (--left == 0) left = segment, ++segments;
         }
     }
-    while (vector < vectors) {
+    while (!kRegistersAreFew && vector < vectors) {
         F32 sum[kWeights * kRows];
         unrolled<kWeights * kRows>([&](auto i) { sum[i.number] = broadcast(0.0f); });
         const int64_t stop = vectors - vector < segment ? vectors : vector + segment;
@@ -94,31 +113,18 @@ void stream_rows(
             const auto load_activation = [&](auto step, auto r) {
                 return Engine::load_weight(activations + (step.number * kRows + r.number) * kWidth);
             };
-            if constexpr (kRegistersAreFew) {
-                unrolled<kWeights>([&](auto w) {
-                    unrolled<kSteps>([&](auto step) {
-                        const auto weight = Engine::template decode<step.number>(table, words[w.number]);
-                        unrolled<kRows>([&](auto r) {
-                            F32& target = sum[w.number * kRows + r.number];
-                            target = Engine::add_product(target, weight, load_activation(step, r));
-                        });
-                    });
-                });
-            } else {
-                unrolled<kSteps>([&](auto step) {
-                    typename Engine::Weight weight[kWeights];
+            unrolled<kSteps>([&](auto step) {
+                typename Engine::Weight weight[kWeights];
+                unrolled<kWeights>(
+                    [&](auto w) { weight[w.number] = Engine::template decode<step.number>(table, words[w.number]); });
+                unrolled<kRows>([&](auto r) {
+                    const auto a = load_activation(step, r);
                     unrolled<kWeights>([&](auto w) {
-                        weight[w.number] = Engine::template decode<step.number>(table, words[w.number]);
-                    });
-                    unrolled<kRows>([&](auto r) {
-                        const auto a = load_activation(step, r);
-                        unrolled<kWeights>([&](auto w) {
-                            F32& target = sum[w.number * kRows + r.number];
-                            target = Engine::add_product(target, weight[w.number], a);
-                        });
+                        F32& target = sum[w.number * kRows + r.number];
+                        target = Engine::add_product(target, weight[w.number], a);
                     });
                 });
-            }
+            });
             activations += kSteps * kRows * kWidth;
         }
         unrolled<kWeights>([&](auto w) {

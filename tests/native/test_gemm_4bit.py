@@ -143,13 +143,42 @@ def test_large_problems_meet_the_bound_of_their_dtype(variants, dtype):
 
 
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-@pytest.mark.parametrize("M", [1, 5])
+@pytest.mark.parametrize("M", [1, 5, 12])
 def test_any_codebook_and_block_size(variants, M, blocksize):
     weight = Weight(40, 4224, blocksize, torch.randn(16) * torch.logspace(-3, 3, 16))
     for dtype in FLOAT_DTYPES[: 1 if M > 1 else None]:
         A = torch.randn(M, 4224).to(dtype) / 1000
         for name, library in variants.items():
             assert_close(weight.multiply(library, A), A.double() @ weight.decoded.T, name)
+
+
+@pytest.mark.parametrize(("K", "blocksize"), [(320, 64), (96, 32), (77, 64)])
+@pytest.mark.parametrize("M", [1, 2, 8, 12])
+def test_one_activation_finds_the_exact_float_of_its_code(variants, M, K, blocksize):
+    """Each code of a row by itself, so that none is taken for another and no bit of an entry is lost."""
+    code = torch.randn(16) * torch.logspace(-38, 3, 16)
+    weight = Weight(40, K, blocksize, code)
+    for name, library in variants.items():
+        for k in torch.randperm(K).split(M) if name != "neon" else [torch.arange(M)]:  # an emulator is slow
+            A = torch.zeros(M, K)
+            A[range(len(k)), k] = 1.0
+            expected = weight.decoded.T[k].float()  # a product of two floats, rounded once
+            assert torch.equal(weight.multiply(library, A)[: len(k)], expected), (name, k)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 4, 12])
+def test_infinities_and_nan_of_a_codebook_reach_their_outputs_only(variants, M, dtype):
+    code = nf4()
+    code[3], code[9] = math.inf, math.nan
+    weight = Weight(2000, 32, 32, code)
+    A = torch.ones(M, 32, dtype=dtype)
+    expected = A.double() @ weight.decoded.T
+    assert expected.isnan().any() and expected.isinf().any() and expected.isfinite().any()
+    for name, library in variants.items():
+        result = weight.multiply(library, A)
+        assert torch.equal(result.isnan(), expected.isnan()), name
+        assert torch.equal(result.isinf(), expected.isinf()), name
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -172,7 +201,7 @@ def test_tiles_that_decode_give_the_bits_of_decoded_ones(variants, problem):
     A = torch.randn(40, weight.shape[1])
     for name, library in variants.items():
         many = weight.multiply(library, A)
-        for M in (8, 13, 16):
+        for M in (9, 13, 16):
             assert torch.equal(weight.multiply(library, A[:M].clone()), many[:M]), (name, M)
 
 

@@ -243,63 +243,111 @@ BNB_INLINE I32 load_words(const void* source) { return {_mm256_loadu_si256(stati
 
 BNB_INLINE void store_words(void* target, I32 x) { _mm256_storeu_si256(static_cast<__m256i*>(target), x.v); }
 
-// The permutations look at three bits of each index, the blend at the fourth.
-template <int k>
-BNB_INLINE F32 lookup_nibble(const Table16& table, I32 words) {
-    return lookup(table, I32{_mm256_srli_epi32(words.v, k)});
-}
-
 #define BNB_HAVE_BYTE_TABLES
 
-// Sixteen values in bfloat16 as two tables of bytes, which one shuffle looks 32 codes up in.
+// Sixteen floats as tables of bytes, the lowest first, in each of which one shuffle looks 32 codes up: all four bytes
+// of a float, or the two of a bfloat16.
+template <int kBytes>
 struct ByteTable {
-    __m256i lower, upper;
+    static_assert(kBytes == 2 || kBytes == 4);
+    __m256i bytes[kBytes];
 
     explicit ByteTable(const float* values) {
-        uint8_t bytes[2][16];
-        for (int i = 0; i < 16; ++i) {
-            const uint16_t rounded = from_float<BFloat16>(values[i]).bits;
-            bytes[0][i] = static_cast<uint8_t>(rounded), bytes[1][i] = static_cast<uint8_t>(rounded >> 8);
+        for (int b = 0; b < kBytes; ++b) {
+            uint8_t column[16];
+            for (int i = 0; i < 16; ++i) {
+                const uint32_t value =
+                    kBytes == 2 ? uint32_t(from_float<BFloat16>(values[i]).bits) : float_bits(values[i]);
+                column[i] = static_cast<uint8_t>(value >> 8 * b);
+            }
+            bytes[b] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(column)));
         }
-        lower = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[0])));
-        upper = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[1])));
     }
 };
+
+// The codes in the upper or lower halves of all bytes. What shifts is what shuffles, of which there is too little here;
+// a multiplication goes elsewhere.
+template <bool upper>
+BNB_INLINE __m256i nibbles(I32 words) {
+    const __m256i low = upper ? _mm256_mulhi_epu16(words.v, _mm256_set1_epi16(1 << 12)) : words.v;
+    return _mm256_and_si256(low, _mm256_set1_epi8(15));
+}
+
+// Two bytes of each of eight codes next to each other: of the lower eight of each half vector, or of the upper.
+template <bool upper>
+BNB_INLINE __m256i interleave(__m256i low, __m256i high) {
+    return upper ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
+}
 
 // Step s of eight for the 64 codes of eight words: lane i holds code byte_step_code(s, i). What steps share is computed
 // once, since the compiler sees all eight.
 template <int step>
-BNB_INLINE F32 lookup_bytes(const ByteTable& table, I32 words) {
-    const __m256i codes = _mm256_and_si256(step & 4 ? words.v : _mm256_srli_epi32(words.v, 4), _mm256_set1_epi8(15));
-    const __m256i lower = _mm256_shuffle_epi8(table.lower, codes), upper = _mm256_shuffle_epi8(table.upper, codes);
-    const __m256i pairs = step & 2 ? _mm256_unpackhi_epi8(lower, upper) : _mm256_unpacklo_epi8(lower, upper);
+BNB_INLINE F32 lookup_bytes(const ByteTable<2>& table, I32 words) {
+    const __m256i codes = nibbles<step / 4 == 0>(words);
+    const __m256i pairs = interleave<(step & 2) != 0>(
+        _mm256_shuffle_epi8(table.bytes[0], codes), _mm256_shuffle_epi8(table.bytes[1], codes));
     return {_mm256_castsi256_ps(
         step & 1 ? _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000)))
                  : _mm256_slli_epi32(pairs, 16))};
 }
 
+template <int step>
+BNB_INLINE F32 lookup_bytes(const ByteTable<4>& table, I32 words) {
+    const __m256i codes = nibbles<step / 4 == 0>(words);
+    const __m256i lower = interleave<(step & 2) != 0>(
+        _mm256_shuffle_epi8(table.bytes[0], codes), _mm256_shuffle_epi8(table.bytes[1], codes));
+    const __m256i upper = interleave<(step & 2) != 0>(
+        _mm256_shuffle_epi8(table.bytes[2], codes), _mm256_shuffle_epi8(table.bytes[3], codes));
+    return {_mm256_castsi256_ps(step & 1 ? _mm256_unpackhi_epi16(lower, upper) : _mm256_unpacklo_epi16(lower, upper))};
+}
+
+template <int kBytes>
 constexpr int byte_step_code(int step, int lane) {
+    if (kBytes == 4) return 8 * (lane / 4 * 4 + step % 4) + 2 * (lane % 4) + step / 4;
     const int word = lane / 4 * 4 + (step & 2) + lane % 4 / 2, byte = lane % 2 * 2 + (step & 1);
-    return 8 * word + 2 * byte + (step & 4 ? 1 : 0);
+    return 8 * word + 2 * byte + step / 4;
+}
+
+// Codes of rows in lanes: byte b of a word is step b of a table of bytes if that byte of four rows lies together, so
+// bytes are transposed where other sets transpose words.
+using NibbleTable = ByteTable<4>;
+
+template <int i>
+BNB_INLINE F32 lookup_code(const NibbleTable& table, I32 codes) {
+    return lookup_bytes<i / 2 + 4 * (i % 2)>(table, codes);
+}
+
+// Half a vector of row i, and of the row four further on in the other lane.
+BNB_INLINE __m256i load_halves(const void* const (&row)[kWidth], int i, int64_t offset) {
+    const auto half = [&](int r) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(row[r]) + offset));
+    };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(half(i)), half(i + 4), 1);
+}
+
+BNB_INLINE void load_codes(const void* const (&row)[kWidth], int64_t offset, I32 (&codes)[kWidth]) {
+    for (int h = 0; h < 2; ++h) {
+        const __m256i a = load_halves(row, 0, offset + 16 * h), b = load_halves(row, 1, offset + 16 * h);
+        const __m256i c = load_halves(row, 2, offset + 16 * h), d = load_halves(row, 3, offset + 16 * h);
+        const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
+        const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
+        codes[4 * h].v = _mm256_unpacklo_epi16(ab_low, cd_low);
+        codes[4 * h + 1].v = _mm256_unpackhi_epi16(ab_low, cd_low);
+        codes[4 * h + 2].v = _mm256_unpacklo_epi16(ab_high, cd_high);
+        codes[4 * h + 3].v = _mm256_unpackhi_epi16(ab_high, cd_high);
+    }
 }
 
 BNB_INLINE void load_transposed(const void* const (&row)[kWidth], int64_t offset, I32 (&words)[kWidth]) {
-    __m256i pair[8], quad[8];
-    for (int i = 0; i < 8; i += 2) {
-        const __m256i a = load_words(static_cast<const uint8_t*>(row[i]) + offset).v;
-        const __m256i b = load_words(static_cast<const uint8_t*>(row[i + 1]) + offset).v;
-        pair[i] = _mm256_unpacklo_epi32(a, b);
-        pair[i + 1] = _mm256_unpackhi_epi32(a, b);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        quad[i] = _mm256_unpacklo_epi64(pair[i], pair[i + 2]);
-        quad[i + 1] = _mm256_unpackhi_epi64(pair[i], pair[i + 2]);
-        quad[i + 2] = _mm256_unpacklo_epi64(pair[i + 1], pair[i + 3]);
-        quad[i + 3] = _mm256_unpackhi_epi64(pair[i + 1], pair[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        words[i].v = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x20);
-        words[i + 4].v = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x31);
+    for (int h = 0; h < 2; ++h) {
+        const __m256i a = load_halves(row, 0, offset + 16 * h), b = load_halves(row, 1, offset + 16 * h);
+        const __m256i c = load_halves(row, 2, offset + 16 * h), d = load_halves(row, 3, offset + 16 * h);
+        const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+        const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+        words[4 * h].v = _mm256_unpacklo_epi64(ab_low, cd_low);
+        words[4 * h + 1].v = _mm256_unpackhi_epi64(ab_low, cd_low);
+        words[4 * h + 2].v = _mm256_unpacklo_epi64(ab_high, cd_high);
+        words[4 * h + 3].v = _mm256_unpackhi_epi64(ab_high, cd_high);
     }
 }
 
@@ -322,7 +370,7 @@ BNB_INLINE int32_t reduce_max(I32 x) {
 }
 
 constexpr bool kPermutesTables = false;
-constexpr int64_t kLookupRows = 16;
+constexpr int64_t kLookupRows = 0;
 
 template <int n>
 BNB_INLINE F32 lookup_many(const float* table, I32 index) {

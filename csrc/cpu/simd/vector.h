@@ -18,8 +18,9 @@
 //   load_words(const void*), store_words(void*, I32): kWidth 32-bit words
 //   load_transposed(rows, offset, words): words[i] has the i-th word of each of kWidth rows, from a byte offset on
 //   repeat<n>(const float*): n floats, 1, 2 or 4, each in kWidth / n neighbouring lanes
-//   lookup_nibble<k>(Table16, I32): the entry that bits k .. k + 3 of each word name; for up to kLookupRows activations
-//   to look a weight up for each tile is faster than to load it
+//   load_codes(rows, offset, codes): codes[j] has the eight codes of the j-th word of each row, in an order of the
+//   set's own; lookup_code<i>(NibbleTable, codes[j]): the entry that the i-th of each row names; for up to kLookupRows
+//   activations to look a weight up for each tile is faster than to load it
 //   reduce_add(F32), reduce_max(I32), any_above(I32 a, I32 b): whether a > b in any lane
 //   with BNB_HAVE_HALF_TABLES also HalfTable<T>(Table16, F32 scale): the sixteen products rounded to 16 bits;
 //   look_up(packed, T*) decodes kCodes codes to them
@@ -54,6 +55,22 @@ BNB_NAMESPACE_BEGIN
 #ifndef BNB_HAVE_JOINT_PACK
 constexpr int kPackedTogether = 1;
 BNB_INLINE void pack_4bit(uint8_t* packed, const I32 (&codes)[1]) { pack_4bit(packed, codes[0]); }
+#endif
+
+#ifdef BNB_HAVE_BYTE_TABLES
+constexpr bool kByteTables = true;
+#else
+constexpr bool kByteTables = false;
+using NibbleTable = Table16;
+
+BNB_INLINE void load_codes(const void* const (&row)[kWidth], int64_t offset, I32 (&codes)[kWidth]) {
+    load_transposed(row, offset, codes);
+}
+
+template <int i>
+BNB_INLINE F32 lookup_code(const NibbleTable& table, const I32& codes) {
+    return lookup_nibble<8 * (i / 2) + (i % 2 ? 0 : 4)>(table, codes);
+}
 #endif
 
 // |x| as an integer: magnitudes order like their bits, and NaN is above infinity, so it wins every max.
