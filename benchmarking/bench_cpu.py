@@ -1,14 +1,15 @@
 """The 4-bit linear on a CPU against a dense one in the same run: inference, layers from memory, forward with dX.
 
-Every row's baseline is torch's dense layer of the same dtype with the same threads. "24 layers in turn" reads weights
-that no cache holds, as decoding a token does. Bytes are what must be read and written: activations, weight, output.
+Every row's baseline is torch's dense layer of the same dtype with the same threads, or one thread where two are timed.
+"24 layers in turn" reads weights that no cache holds, as decoding a token does. Bytes are what must be read and written:
+activations, weight, output.
 
-    python benchmarking/bench_cpu.py [--threads 1 2] [--no-write]
+    python benchmarking/bench_cpu.py [--threads 1] [--no-write]
 
 Where BNB_CPU_ISA forces an instruction set, only products are measured, against the dense layer, which torch computes
 with all that the machine has, and against dequantizing with that set before torch multiplies:
 
-    BNB_CPU_ISA=avx2 python benchmarking/bench_cpu.py --threads 1
+    BNB_CPU_ISA=avx2 python benchmarking/bench_cpu.py
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def bench_threads(report: Report, shape: tuple[int, int], dtype: torch.dtype, ro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
 
@@ -148,7 +149,7 @@ def main() -> None:
         bench_layers(report, SHAPES[0], torch.bfloat16)
         for rows in TRAINED_ROWS:
             bench_training(report, SHAPES[0], torch.bfloat16, rows)
-    if max(options.threads) > 1 and not forced:
+    if (os.cpu_count() or 1) > 1 and not forced:
         for rows in ROWS:
             bench_threads(report, SHAPES[0], torch.bfloat16, rows)
     if not options.no_write:
