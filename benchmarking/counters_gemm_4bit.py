@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import shutil
 import subprocess
 import sys
@@ -86,7 +85,7 @@ def profile() -> list[dict[str, str]]:
         ),
         *("--page", "raw", "--csv", "--print-units", "base", sys.executable, __file__, "--child"),
     ]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line for line in output.splitlines() if line.startswith('"')]
     _units, *rows = csv.DictReader(lines)
     if len(rows) != len(_CASES):

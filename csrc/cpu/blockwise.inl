@@ -65,7 +65,7 @@ void dequantize_blockwise(
     int32_t threads) {
     const MapDecoder shared(code);
     parallel_for(n, kBlockwiseGrain, threads, [&](int64_t begin, int64_t end) {
-        const MapDecoder& decoder = shared;  // and other locals: stores could change what is captured
+        const MapDecoder& decoder = shared;  // locals, because stores might change what is captured
         const uint8_t* const from = codes;
         T* const to = values;
         for (int64_t i = begin; i < end;) {

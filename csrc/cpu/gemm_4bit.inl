@@ -228,10 +228,11 @@ void gemm_4bit(const GemmProblem<T>& p, int32_t threads) {
                 });
         };
         const WordPanels<Engine> decoded = word_panels<Engine>(p, segment);
-        if constexpr (kPackedRows<Engine> > 0) {
-            if (p.M <= kPackedRows<Engine>) return multiply(PackedPanels<Engine>{decoded});
+        if constexpr (kPacksPanels<Engine>) {
+            multiply(PackedPanels<Engine>{decoded});
+        } else {
+            multiply(decoded);
         }
-        multiply(decoded);
     } else {
         const ExpandedScales scales(p, threads);
         for_activations<Engine>(

@@ -13,9 +13,9 @@ BNB_NAMESPACE_BEGIN
 
 constexpr int64_t kPanelSteps = 128;  // a panel is then a third of the first-level cache
 
-// Activations up to which PackedPanels is faster. What looks up a pair of bfloat16 competes with what multiplies it.
+// Whether PackedPanels is faster. What looks up a pair of bfloat16 competes with what multiplies it.
 template <class Engine>
-constexpr int64_t kPackedRows = Engine::kDepth == 1 ? kLookupRows : 0;
+constexpr bool kPacksPanels = kLooksUpInTiles && Engine::kDepth == 1;
 
 // [steps][kPanelColumns] vectors of the engine.
 template <class Engine>

@@ -64,14 +64,13 @@ class MapEncoder {
 
     // Give the cells [from, to) of a side `count` midpoints below their lowest value.
     void fill(bool negative, int from, int to, int count) {
-        if (from < to) memset(cells_.as<uint8_t>() + negative * kSide + from, count, static_cast<size_t>(to - from));
+        memset(cells_.as<uint8_t>() + negative * kSide + from, count, static_cast<size_t>(to - from));
     }
 
     // Fill every cell, if no two midpoints share one. NaN takes 255 by its comparison.
     bool fill_cells() {
         int negatives = 0;
-        for (; negatives < 255 && midpoints_.value[negatives] < 0.0f; ++negatives) {
-        }
+        while (negatives < 255 && midpoints_.value[negatives] < 0.0f) ++negatives;
         for (int m = 1; m < 255; ++m) {
             const bool same_side = (m < negatives) == (m - 1 < negatives);
             if (same_side && (m < negatives ? cell_of(m - 1) <= cell_of(m) : cell_of(m - 1) >= cell_of(m)))

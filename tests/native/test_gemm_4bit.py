@@ -195,8 +195,8 @@ def test_results_do_not_depend_on_the_number_of_threads(variants, dtype):
 
 
 @pytest.mark.parametrize("problem", SHAPES, ids=str)
-def test_tiles_that_decode_give_the_bits_of_decoded_ones(variants, problem):
-    """Up to how many rows they do is a matter of speed, which the instruction set decides."""
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(variants, problem):
+    """In how many tiles rows are multiplied, and how large each is, depends on how many there are."""
     weight = Weight(*problem, nf4())
     A = torch.randn(40, weight.shape[1])
     for name, library in variants.items():

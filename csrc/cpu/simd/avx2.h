@@ -273,10 +273,13 @@ BNB_INLINE __m256i nibbles(I32 words) {
     return _mm256_and_si256(low, _mm256_set1_epi8(15));
 }
 
-// Two bytes of each of eight codes next to each other: of the lower eight of each half vector, or of the upper.
-template <bool upper>
-BNB_INLINE __m256i interleave(__m256i low, __m256i high) {
-    return upper ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
+// Elements of so many bytes of a and b in turn: of the lower half of each 16 bytes, or of the upper.
+template <int bytes, bool upper>
+BNB_INLINE __m256i interleave(__m256i a, __m256i b) {
+    if constexpr (bytes == 1) return upper ? _mm256_unpackhi_epi8(a, b) : _mm256_unpacklo_epi8(a, b);
+    if constexpr (bytes == 2) return upper ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b);
+    if constexpr (bytes == 4) return upper ? _mm256_unpackhi_epi32(a, b) : _mm256_unpacklo_epi32(a, b);
+    if constexpr (bytes == 8) return upper ? _mm256_unpackhi_epi64(a, b) : _mm256_unpacklo_epi64(a, b);
 }
 
 // Step s of eight for the 64 codes of eight words: lane i holds code byte_step_code(s, i). What steps share is computed
@@ -284,7 +287,7 @@ BNB_INLINE __m256i interleave(__m256i low, __m256i high) {
 template <int step>
 BNB_INLINE F32 lookup_bytes(const ByteTable<2>& table, I32 words) {
     const __m256i codes = nibbles<step / 4 == 0>(words);
-    const __m256i pairs = interleave<(step & 2) != 0>(
+    const __m256i pairs = interleave<1, (step & 2) != 0>(
         _mm256_shuffle_epi8(table.bytes[0], codes), _mm256_shuffle_epi8(table.bytes[1], codes));
     return {_mm256_castsi256_ps(
         step & 1 ? _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000)))
@@ -294,11 +297,11 @@ BNB_INLINE F32 lookup_bytes(const ByteTable<2>& table, I32 words) {
 template <int step>
 BNB_INLINE F32 lookup_bytes(const ByteTable<4>& table, I32 words) {
     const __m256i codes = nibbles<step / 4 == 0>(words);
-    const __m256i lower = interleave<(step & 2) != 0>(
+    const __m256i lower = interleave<1, (step & 2) != 0>(
         _mm256_shuffle_epi8(table.bytes[0], codes), _mm256_shuffle_epi8(table.bytes[1], codes));
-    const __m256i upper = interleave<(step & 2) != 0>(
+    const __m256i upper = interleave<1, (step & 2) != 0>(
         _mm256_shuffle_epi8(table.bytes[2], codes), _mm256_shuffle_epi8(table.bytes[3], codes));
-    return {_mm256_castsi256_ps(step & 1 ? _mm256_unpackhi_epi16(lower, upper) : _mm256_unpacklo_epi16(lower, upper))};
+    return {_mm256_castsi256_ps(interleave<2, (step & 1) != 0>(lower, upper))};
 }
 
 template <int kBytes>
@@ -325,30 +328,27 @@ BNB_INLINE __m256i load_halves(const void* const (&row)[kWidth], int i, int64_t 
     return _mm256_inserti128_si256(_mm256_castsi128_si256(half(i)), half(i + 4), 1);
 }
 
-BNB_INLINE void load_codes(const void* const (&row)[kWidth], int64_t offset, I32 (&codes)[kWidth]) {
+// Elements of so many bytes, for each place those of four rows side by side: rows 0 to 3 in the lower lane.
+template <int bytes>
+BNB_INLINE void load_transposed_in_lanes(const void* const (&row)[kWidth], int64_t offset, I32 (&words)[kWidth]) {
     for (int h = 0; h < 2; ++h) {
         const __m256i a = load_halves(row, 0, offset + 16 * h), b = load_halves(row, 1, offset + 16 * h);
         const __m256i c = load_halves(row, 2, offset + 16 * h), d = load_halves(row, 3, offset + 16 * h);
-        const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
-        const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
-        codes[4 * h].v = _mm256_unpacklo_epi16(ab_low, cd_low);
-        codes[4 * h + 1].v = _mm256_unpackhi_epi16(ab_low, cd_low);
-        codes[4 * h + 2].v = _mm256_unpacklo_epi16(ab_high, cd_high);
-        codes[4 * h + 3].v = _mm256_unpackhi_epi16(ab_high, cd_high);
+        const __m256i ab_low = interleave<bytes, false>(a, b), ab_high = interleave<bytes, true>(a, b);
+        const __m256i cd_low = interleave<bytes, false>(c, d), cd_high = interleave<bytes, true>(c, d);
+        words[4 * h].v = interleave<2 * bytes, false>(ab_low, cd_low);
+        words[4 * h + 1].v = interleave<2 * bytes, true>(ab_low, cd_low);
+        words[4 * h + 2].v = interleave<2 * bytes, false>(ab_high, cd_high);
+        words[4 * h + 3].v = interleave<2 * bytes, true>(ab_high, cd_high);
     }
 }
 
+BNB_INLINE void load_codes(const void* const (&row)[kWidth], int64_t offset, I32 (&codes)[kWidth]) {
+    load_transposed_in_lanes<1>(row, offset, codes);
+}
+
 BNB_INLINE void load_transposed(const void* const (&row)[kWidth], int64_t offset, I32 (&words)[kWidth]) {
-    for (int h = 0; h < 2; ++h) {
-        const __m256i a = load_halves(row, 0, offset + 16 * h), b = load_halves(row, 1, offset + 16 * h);
-        const __m256i c = load_halves(row, 2, offset + 16 * h), d = load_halves(row, 3, offset + 16 * h);
-        const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
-        const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
-        words[4 * h].v = _mm256_unpacklo_epi64(ab_low, cd_low);
-        words[4 * h + 1].v = _mm256_unpackhi_epi64(ab_low, cd_low);
-        words[4 * h + 2].v = _mm256_unpacklo_epi64(ab_high, cd_high);
-        words[4 * h + 3].v = _mm256_unpackhi_epi64(ab_high, cd_high);
-    }
+    load_transposed_in_lanes<4>(row, offset, words);
 }
 
 template <int count>
@@ -370,7 +370,7 @@ BNB_INLINE int32_t reduce_max(I32 x) {
 }
 
 constexpr bool kPermutesTables = false;
-constexpr int64_t kLookupRows = 0;
+constexpr bool kLooksUpInTiles = false;
 
 template <int n>
 BNB_INLINE F32 lookup_many(const float* table, I32 index) {

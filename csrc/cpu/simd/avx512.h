@@ -205,7 +205,7 @@ BNB_INLINE int32_t reduce_max(I32 x) { return _mm512_reduce_max_epi32(x.v); }
 
 // Tables by permutations of two registers: on many machines a gather costs a load for each lane.
 constexpr bool kPermutesTables = true;
-constexpr int64_t kLookupRows = INT64_MAX;
+constexpr bool kLooksUpInTiles = true;
 
 template <int n>
 BNB_INLINE F32 lookup_many(const float* table, I32 index) {

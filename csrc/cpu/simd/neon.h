@@ -182,7 +182,7 @@ BNB_INLINE float reduce_add(F32 x) { return vaddvq_f32(x.v); }
 BNB_INLINE int32_t reduce_max(I32 x) { return vmaxvq_s32(x.v); }
 
 constexpr bool kPermutesTables = false;
-constexpr int64_t kLookupRows = 0;
+constexpr bool kLooksUpInTiles = false;
 
 template <int n>
 BNB_INLINE F32 lookup_many(const float* table, I32 index) {

@@ -159,7 +159,7 @@ BNB_INLINE int32_t reduce_max(const I32& x) {
 }
 
 constexpr bool kPermutesTables = false;
-constexpr int64_t kLookupRows = 0;
+constexpr bool kLooksUpInTiles = false;
 
 template <int n>
 BNB_INLINE F32 lookup_many(const float* table, const I32& index) {

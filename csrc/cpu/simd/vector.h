@@ -19,8 +19,8 @@
 //   load_transposed(rows, offset, words): words[i] has the i-th word of each of kWidth rows, from a byte offset on
 //   repeat<n>(const float*): n floats, 1, 2 or 4, each in kWidth / n neighbouring lanes
 //   load_codes(rows, offset, codes): codes[j] has the eight codes of the j-th word of each row, in an order of the
-//   set's own; lookup_code<i>(NibbleTable, codes[j]): the entry that the i-th of each row names; for up to kLookupRows
-//   activations to look a weight up for each tile is faster than to load it
+//   set's own; lookup_code<i>(NibbleTable, codes[j]): the entry that the i-th of each row names. Whether each tile
+//   looks weights up anew, because that is faster than to load them, is kLooksUpInTiles
 //   reduce_add(F32), reduce_max(I32), any_above(I32 a, I32 b): whether a > b in any lane
 //   with BNB_HAVE_HALF_TABLES also HalfTable<T>(Table16, F32 scale): the sixteen products rounded to 16 bits;
 //   look_up(packed, T*) decodes kCodes codes to them
