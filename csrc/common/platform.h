@@ -16,12 +16,14 @@
 #define BNB_INLINE __forceinline
 #define BNB_INLINE_BODY
 #define BNB_HIDE(pointer) ((void)0)
+#define BNB_OPAQUE(value) ((void)0)
 #define BNB_PREFETCH(address) ((void)0)
 #define BNB_PREFETCH_FAR(address) ((void)0)
 #else
 #define BNB_INLINE inline __attribute__((always_inline))
 #define BNB_INLINE_BODY __attribute__((always_inline))      // of a lambda, after its parameters
 #define BNB_HIDE(pointer) asm volatile("" : "+r"(pointer))  // what it points at is loaded anew
+#define BNB_OPAQUE(value) asm("" : "+r"(value))             // what is computed from it is not computed otherwise
 #define BNB_PREFETCH(address) __builtin_prefetch(address)
 #define BNB_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 2)  // as far as the second-level cache
 #endif

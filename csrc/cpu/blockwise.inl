@@ -73,6 +73,13 @@ void dequantize_blockwise(
             const int64_t stop = end - block * blocksize < blocksize ? end : (block + 1) * blocksize;
             const F32 scale = broadcast(absmax[block]);
             const auto scaled = [&](F32 x) { return x * scale; };
+#ifdef BNB_HAVE_SCALED_CODES
+            if constexpr (kScalesCodes<T>) {
+                if (decoder.may_scale(absmax[block])) {
+                    for (; i + kCodesScaled <= stop; i += kCodesScaled) decoder.scale(from + i, scale, to + i);
+                }
+            }
+#endif
             for (; i + kChunk <= stop; i += kChunk) {
                 store_chunk(to + i, each_part(decoder.decode(from + i), scaled));
             }

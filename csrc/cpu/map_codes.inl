@@ -14,7 +14,7 @@ BNB_NAMESPACE_BEGIN
 #if defined(__AVX512VBMI__)
 constexpr int kChunk = 64;
 #else
-constexpr int kChunk = kWidth;
+constexpr int kChunk = kEncodedTogether;
 #endif
 constexpr int kChunkVectors = kChunk / kWidth;
 

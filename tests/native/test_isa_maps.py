@@ -41,21 +41,29 @@ def boundaries(code: Tensor) -> Tensor:
     return points[points.abs() <= 1]
 
 
-@pytest.mark.parametrize("repeats", [1, 3])  # a table is made for many values alone
+@pytest.mark.parametrize("at_once", [1, 1000])  # rows: a table is made for many values alone
 @pytest.mark.parametrize("name", MAPS)
-def test_boundaries_between_codes(variants, name, repeats):
+def test_boundaries_between_codes(variants, name, at_once):
     """A value on a midpoint takes the lower code, its neighbours theirs; the scale of every block is one."""
     code = MAPS[name]
-    points = boundaries(code).repeat(repeats)
+    points = boundaries(code)
     rows = torch.nn.functional.pad(points, (0, -points.numel() % 255)).view(-1, 255)
     values = torch.cat([rows, torch.ones(len(rows), 1)], dim=1).contiguous()
     expected = torch.searchsorted(midpoints(code).double(), values.double()).to(torch.uint8)
 
     for isa, library in variants.items():
         codes, absmax = torch.zeros_like(values, dtype=torch.uint8), torch.zeros(len(rows))
-        library.bnb_cpu_quantize_blockwise(
-            code.data_ptr(), values.data_ptr(), 0, codes.data_ptr(), absmax.data_ptr(), values.numel(), BLOCK, 1
-        )  # fmt: skip
+        for some, into in zip(values.split(at_once), codes.split(at_once), strict=True):
+            library.bnb_cpu_quantize_blockwise(
+                code.data_ptr(),
+                some.data_ptr(),
+                0,
+                into.data_ptr(),
+                absmax.data_ptr(),
+                some.numel(),
+                BLOCK,
+                1,
+            )
         assert torch.equal(codes, expected), isa
 
 

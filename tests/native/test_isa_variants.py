@@ -138,7 +138,7 @@ def test_4bit_codes_and_values(variants, quant_type, dtype):
 @pytest.mark.parametrize("name", MAPS)
 def test_8bit_codes_and_values(variants, name, dtype):
     code = MAPS[name]
-    for count in [*COUNTS, 20001]:  # the last is long enough for the look-up table
+    for count in [*COUNTS, 20001]:  # the last two are long enough for the look-up table
         for blocksize in (1, 100, 256):
             values = unaligned(awkward(count, dtype))
             codes, absmax = same_everywhere(
@@ -160,6 +160,27 @@ def test_8bit_codes_and_values(variants, name, dtype):
                 return [out]
 
             same_everywhere(variants, dequantize)
+
+
+@pytest.mark.parametrize("entries", [(), (torch.inf, -torch.inf, torch.nan)], ids=["finite", "not finite"])
+def test_8bit_products_that_are_not_finite(variants, entries):
+    """Of a map or a scale that is not finite, or so large that both are and their product is not."""
+    code = 2 * MAPS["signed"]
+    code[1 : 1 + len(entries)] = torch.tensor(entries)
+    absmax = torch.tensor([1.0, torch.inf, 3e38, torch.nan, 0.0, -torch.inf, 1e-45])
+    codes = torch.arange(256, dtype=torch.uint8).repeat(len(absmax))
+
+    def dequantize(library):
+        out = torch.zeros(len(codes), dtype=torch.bfloat16)
+        library.bnb_cpu_dequantize_blockwise(
+            code.data_ptr(), codes.data_ptr(), absmax.data_ptr(), out.data_ptr(), _native.DTYPE_ID[out.dtype],
+            len(codes), 256, 1,
+        )  # fmt: skip
+        return [out]
+
+    (values,) = same_everywhere(variants, dequantize)
+    expected = (code[codes.int()].view(-1, 256) * absmax[:, None]).bfloat16()
+    torch.testing.assert_close(values, expected.view(-1), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])

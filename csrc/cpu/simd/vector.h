@@ -25,7 +25,9 @@
 //   with BNB_HAVE_HALF_TABLES also HalfTable<T>(Table16, F32 scale): the sixteen products rounded to 16 bits;
 //   look_up(packed, T*) decodes kCodes codes to them
 //   with BNB_HAVE_JOINT_PACK also pack_4bit of kPackedTogether vectors at once
-//   with BNB_HAVE_CELLS also encode_by_cell, which map_codes_gather.inl has for the others
+//   with BNB_HAVE_SCALED_CODES also, for the T that kScalesCodes<T> names, scale_codes(table, codes, F32 scale, T*):
+//   kCodesScaled products of entries and a scale, none of which may be NaN
+//   with BNB_HAVE_CELLS also encode_by_cell of kEncodedTogether values, which map_codes_gather.inl has for the others
 //   with BNB_HAVE_PAIRS also the products of bfloat16 pairs in avx512bf16.h; with BNB_HAVE_AMX those of whole tiles
 //
 // A trick only one set knows goes into that set's file, behind a name that all of them have.
@@ -55,6 +57,10 @@ BNB_NAMESPACE_BEGIN
 #ifndef BNB_HAVE_JOINT_PACK
 constexpr int kPackedTogether = 1;
 BNB_INLINE void pack_4bit(uint8_t* packed, const I32 (&codes)[1]) { pack_4bit(packed, codes[0]); }
+#endif
+
+#ifndef BNB_HAVE_CELLS
+constexpr int kEncodedTogether = kWidth;
 #endif
 
 #ifdef BNB_HAVE_BYTE_TABLES
