@@ -23,7 +23,7 @@ from torch.library import register_fake
 
 from ._checks import ArgumentError
 
-__all__ = ["OPERATORS", "Operator", "Result", "all_plain", "operator", "plain_parameter"]
+__all__ = ["OPERATORS", "PLAIN_TENSORS", "Operator", "Result", "all_plain", "operator", "plain_parameter"]
 
 _LIBRARY = torch.library.Library("bitsandbytes", "FRAGMENT")
 _DISPATCH_KEYS = {"default": "CompositeExplicitAutograd"}
@@ -31,7 +31,7 @@ _DISPATCH_KEYS = {"default": "CompositeExplicitAutograd"}
 OPERATORS: dict[str, Operator] = {}
 
 # What a direct call may be given. Other subclasses of Tensor may want to see the operator themselves.
-_PLAIN_TENSORS: set[type] = {Tensor, torch.nn.Parameter}
+PLAIN_TENSORS: set[type] = {Tensor, torch.nn.Parameter}
 
 # "<namespace>/<operator>/<key>" of the kernels that torch.library registered: a third party's, not ours.
 _FOREIGN_KERNELS: set[str] | None = getattr(torch.library, "_impls", None)
@@ -56,7 +56,7 @@ _OBSERVERS = _observers()
 
 def plain_parameter(cls: type) -> type:
     """Class decorator: this subclass of Tensor holds plain memory and overrides nothing that operators do."""
-    _PLAIN_TENSORS.add(cls)
+    PLAIN_TENSORS.add(cls)
     return cls
 
 
@@ -74,7 +74,7 @@ def _plain(values: Sequence[Any], grad: bool) -> bool:
         if value is None:
             continue
         kind = type(value)
-        if kind in _PLAIN_TENSORS:
+        if kind in PLAIN_TENSORS:
             if (
                 grad and value.requires_grad
             ) or value.is_neg():  # the dispatcher negates what is lazily negative
@@ -89,7 +89,7 @@ def all_plain(values: Sequence[Any], grad: bool) -> bool:
 
     An optimizer's lists are long, so what can be asked of all at once is.
     """
-    if not _PLAIN_TENSORS.issuperset(map(type, values)):
+    if not PLAIN_TENSORS.issuperset(map(type, values)):
         return _plain(values, grad)
     return not (any(map(Tensor.is_neg, values)) or (grad and any(value.requires_grad for value in values)))
 
@@ -121,6 +121,8 @@ class Operator:
         self.check = check
         self.kernels: dict[str, Callable] = {}
         self._direct: dict[str, tuple[Callable | None, frozenset[str]]] = {}
+        self._shortcut: Callable | None = None
+        self._cpu_name = f"bitsandbytes/{self.name}/CPU"
         self._returns = fake is not None
         parameters = list(inspect.signature(check).parameters.values())
         self._arity = len(parameters)
@@ -151,6 +153,15 @@ class Operator:
         with (
             torch._C.DisableTorchFunctionSubclass()
         ):  # a subclass pays a microsecond for each attribute otherwise
+            if (
+                self._shortcut is not None
+                and len(args) == self._arity
+                and not torch.is_grad_enabled()
+                and _unobserved()
+                and self._cpu_name not in _FOREIGN_KERNELS  # type: ignore[operator]
+                and (result := self._shortcut(*args)) is not None
+            ):
+                return result
             direct = self._direct_kernel(args)
             if direct is not None:
                 return direct(*args)
@@ -192,12 +203,23 @@ class Operator:
             return None, names
         return self._eager(fill, self._allocate_beside), names
 
+    def shortcut(self, take: Callable) -> Callable:
+        """Register what does a whole call on the CPU, of all arguments: check, allocate and fill, in few frames.
+
+        It returns None unless tensors are of ``PLAIN_TENSORS``, none is lazily negative, and ``check`` would pass; then
+        the call goes the long way, which knows what to raise. Asked only where no gradient is recorded.
+        """
+        self._shortcut = take
+        return take
+
     def kernel(self, device: str) -> Callable[[Callable], Callable]:
         """Register the filling for a device type; ``"default"`` serves every device that has none of its own."""
 
         def register(fill: Callable) -> Callable:
             self.kernels[device] = fill
             self._direct.clear()
+            if device == "cpu":
+                self._shortcut = None  # which was that of another kernel
             key = _DISPATCH_KEYS.get(device, device.upper())
             _implement(self.name, self._eager(fill), key)
             if self._outs:

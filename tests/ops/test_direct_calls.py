@@ -33,14 +33,17 @@ def _tensors(values: object) -> list[Tensor]:
     return [x for x in (values if isinstance(values, tuple) else (values,)) if isinstance(x, Tensor)]
 
 
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", OPERATOR_NAMES)
-def test_a_direct_call_gives_the_same_results(device, name):
+def test_a_direct_call_gives_the_same_results(device, name, grad):
     direct = 0
     for arguments in samples(name, device):
+        arguments = OPERATORS[name]._complete(arguments)
         theirs = tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
         direct += _goes_direct(*arguments, name=name)
 
-        mine = OPERATORS[name](*arguments)
+        with torch.set_grad_enabled(grad):
+            mine = OPERATORS[name](*arguments)
         other = getattr(torch.ops.bitsandbytes, name)(*theirs)
 
         pairs = zip(_tensors(mine) + _tensors(arguments), _tensors(other) + _tensors(theirs), strict=True)
@@ -48,6 +51,22 @@ def test_a_direct_call_gives_the_same_results(device, name):
             assert one.stride() == expected.stride() or one.numel() == 0
             assert_same_bytes(one, expected)
     assert direct > 0
+
+
+def test_a_small_product_takes_the_shortcut_unless_a_tensor_is_special():
+    operator = OPERATORS["gemm_4bit"]
+    if operator._shortcut is None:
+        pytest.skip("no native library is built")
+    packed, bias = torch.randint(256, (64, 1), dtype=torch.uint8), torch.randn(2)
+    A, rest = torch.randn(3, 64), ([2, 64], torch.rand(2), 64, "nf4")
+
+    def takes_it(*arguments: object) -> bool:
+        return operator._shortcut(*operator._complete(arguments)) is not None
+
+    assert takes_it(A, packed, *rest, bias) and takes_it(A, nn.Params4bit(packed), *rest)
+    assert not takes_it(A.expand(5, 3, 64), packed, *rest)  # too many rows to be small
+    assert not takes_it(torch._neg_view(A), packed, *rest)
+    assert not takes_it(A, packed, *rest, bias.as_subclass(type("Watched", (Tensor,), {})))
 
 
 def test_a_direct_call_checks_its_arguments():

@@ -447,6 +447,14 @@ def test_bad_arguments_are_named_eagerly_and_when_traced(name, arguments, text, 
     assert isinstance(raised.value, ValueError)
 
 
+@pytest.mark.parametrize(("name", "arguments", "text"), [error for error in ERRORS if error[0] in OPERATORS])
+def test_bad_arguments_are_named_past_the_dispatcher(name, arguments, text):
+    """Whatever a call of the ``Operator`` leaves out where no gradient is recorded, it is not a check."""
+    operator = OPERATORS[name]
+    with torch.no_grad(), pytest.raises(ValueError, match=text):
+        operator(*operator._complete(arguments))
+
+
 def _tensors(arguments: tuple) -> int:
     return sum(isinstance(x, Tensor) for x in arguments)
 
@@ -465,3 +473,5 @@ def test_tensors_on_another_device_are_refused(name, device):
             mixed = (*arguments[:position], value.to(elsewhere), *arguments[position + 1 :])
             with pytest.raises(ValueError, match="on the same device"):
                 overload(name)(*mixed)
+            with torch.no_grad(), pytest.raises(ValueError, match="on the same device"):
+                OPERATORS[name](*OPERATORS[name]._complete(mixed))
