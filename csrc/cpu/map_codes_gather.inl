@@ -79,6 +79,8 @@ class MapEncoder {
     static constexpr int kBeyondOne = 0x3f81;  // from this cell on, on either side, there is no value to encode but NaN
     static constexpr int kNotFinite = 0x7f80;  // from this cell on, on either side
 
+    // A function of its own: written out in the loop of encode, GCC 12 vectorizes the scalar set's search wrongly where
+    // the optimizer calls it (tests/native/test_isa_maps.py sees that).
     void search(const Chunk& chunk, uint8_t* codes) const {
         for (int k = 0; k < kChunkVectors; ++k) store_u8(codes + k * kWidth, tree_.encode(chunk.part[k]));
     }
