@@ -17,9 +17,9 @@
 #include <type_traits>
 
 #include "../vector_io.cuh"
-#include "async.cuh"
+#include "../async.cuh"
 #include "grouped_units.cuh"
-#include "mma_instructions.cuh"
+#include "../mma_instructions.cuh"
 
 namespace bnb {
 

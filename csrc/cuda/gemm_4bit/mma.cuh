@@ -16,7 +16,7 @@
 // all else: the table is filled while they are on their way.
 #pragma once
 
-#include "mma_instructions.cuh"
+#include "../mma_instructions.cuh"
 #include "pair_table.cuh"
 #include "problem.h"
 #include "tuning.h"

@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "../vector_io.cuh"
-#include "async.cuh"
-#include "mma_instructions.cuh"
+#include "../async.cuh"
+#include "../mma_instructions.cuh"
 #include "tuning.h"
 
 namespace bnb {

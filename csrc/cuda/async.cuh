@@ -84,6 +84,20 @@ __device__ __forceinline__ void copy_bulk_async(uint32_t to, const void* from, i
 #endif
 }
 
+__device__ __forceinline__ void prefetch_to_l2(const void* from, int64_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    const int whole = static_cast<int>(bytes) & ~15;
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || whole == 0) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(whole));
+#endif
+}
+
+__device__ __forceinline__ void prefetch_line_to_l2(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+#endif  // sm_80
+
 // ---- launches ----
 
 // Wait until the kernels before this one have ended and their results can be read.
@@ -99,19 +113,5 @@ __device__ __forceinline__ void let_successor_start() {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-
-__device__ __forceinline__ void prefetch_to_l2(const void* from, int64_t bytes) {
-#if __CUDA_ARCH__ >= 900
-    const int whole = static_cast<int>(bytes) & ~15;
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || whole == 0) return;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(whole));
-#endif
-}
-
-__device__ __forceinline__ void prefetch_line_to_l2(const void* from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
-
-#endif  // sm_80
 
 }  // namespace bnb

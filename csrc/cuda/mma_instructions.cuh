@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../../common/dtype.h"
+#include "../common/dtype.h"
 
 namespace bnb {
 
