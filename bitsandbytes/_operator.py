@@ -156,6 +156,7 @@ class Operator:
             if (
                 self._shortcut is not None
                 and len(args) == self._arity
+                and getattr(args[self._position_of_tensor], "is_cpu", False)
                 and not torch.is_grad_enabled()
                 and _unobserved()
                 and self._cpu_name not in _FOREIGN_KERNELS  # type: ignore[operator]
