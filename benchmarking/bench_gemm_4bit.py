@@ -15,11 +15,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from graphs import copies_of, copy_bandwidth, graph_times
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
@@ -28,36 +27,6 @@ TRAINED = [(4096, 4096), (14336, 4096)]
 TRAINING_TOKENS = 2048
 BLOCKSIZE = 64
 DTYPE = torch.bfloat16
-_ROTATED_BYTES = 256 << 20  # of weights, several times a last-level cache
-_REPLAYS = 15
-_WARM_SECONDS = 0.1  # of work before the first timing, for the clocks to rise
-
-
-def graph_times(call: Callable[[int], object], count: int) -> list[float]:
-    """Seconds of one call, from replays of a graph that makes ``count``."""
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(count):
-            call(i)
-    deadline = time.perf_counter() + _WARM_SECONDS
-    while time.perf_counter() < deadline:
-        graph.replay()
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(_REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / count)
-    return times
-
-
-def copies_of(nbytes: int) -> int:
-    return max(2, -(_ROTATED_BYTES // -nbytes))
 
 
 def times_of_4bit(N: int, K: int, tokens: list[int], nested: bool) -> dict[int, list[float]]:
@@ -134,16 +103,6 @@ def times_of_package(folder: str, N: int, K: int, tokens: list[int], nested: boo
     return {int(M): times for M, times in json.loads(output.splitlines()[-1]).items()}
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second that a large copy reads and writes."""
-    source = torch.randn(
-        8192, 28672, device="cuda"
-    )  # no power of two, which would favour some memory channels
-    target = torch.empty_like(source)
-    times = sorted(graph_times(lambda i: target.copy_(source), 5))
-    return 2 * source.nbytes / times[len(times) // 2]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few numbers of tokens")
@@ -155,7 +114,6 @@ def main() -> None:
         print(json.dumps(times_of_4bit(*json.loads(options.child))))
         return
 
-    sys.path.insert(0, str(Path(__file__).parent))
     from harness import Report, Row, row
 
     report = Report("gemm-4bit")

@@ -169,8 +169,8 @@ def int8_mixed_scaled_mm(
 
 def _fake_int8_linear(A, CB, SCB, bias=None, threshold=0.0):
     _check_int8_linear(A, CB, SCB, bias, threshold)
-    outliers = A.new_empty((_new_size(),), dtype=torch.int64) if threshold else None
-    return A.new_empty((*A.shape[:-1], CB.shape[0])), outliers
+    flags = A.new_empty((A.shape[-1],), dtype=torch.uint8) if threshold else None
+    return A.new_empty((*A.shape[:-1], CB.shape[0])), flags
 
 
 def _check_int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, bias=None, threshold=0.0) -> None:
@@ -191,5 +191,8 @@ def _check_int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, bias=None, threshold=
     fake=_fake_int8_linear,
 )
 def int8_linear(A: Tensor, CB: Tensor, SCB: Tensor, bias=None, threshold=0.0):
-    """``(product in A's dtype, outlier columns or None)``: A quantized on the way, otherwise as the two products above."""
+    """``(product in A's dtype, flags of outlier columns or None)``: A quantized on the way, otherwise as the two above.
+
+    Flags are uint8 ``[K]``, 1 for an outlier column: a list would have a length that only the data knows.
+    """
     _check_int8_linear(A, CB, SCB, bias, threshold)

@@ -406,6 +406,52 @@ BNB_API bnb_status bnb_cuda_gemm_4bit_grouped_transposed(
     void* out,
     int64_t E, int64_t R, int64_t N, int64_t K, int64_t blocksize, bnb_stream stream);
 
+/* ---- CUDA: int8 ---- */
+
+/* Round each row of A [rows, cols] to 127 / (its largest magnitude). With threshold > 0, elements of at least that
+ * magnitude do not count in row_stats, are zero in the result, and set their columns to 1 in outlier_cols [cols] (null if
+ * threshold is 0, else zero on entry); what else is in these columns stays. */
+BNB_API bnb_status bnb_cuda_int8_vectorwise_quant(
+    const void* A, bnb_dtype dtype,
+    int8_t* quantized, float* row_stats, uint8_t* outlier_cols,
+    int64_t rows, int64_t cols, float threshold, bnb_stream stream);
+
+/* As bnb_cpu_int8_linear_matmul, bnb_cpu_int8_scaled_mm and bnb_cpu_int8_mm_dequant. */
+BNB_API bnb_status bnb_cuda_int8_linear_matmul(
+    const int8_t* A, const int8_t* B,
+    int32_t* out,
+    int64_t M, int64_t N, int64_t K, bnb_stream stream);
+BNB_API bnb_status bnb_cuda_int8_scaled_mm(
+    const int8_t* A, const int8_t* B, const float* row_stats, const float* col_stats,
+    const void* bias, bnb_dtype bias_dtype,
+    void* out, bnb_dtype dtype,
+    int64_t M, int64_t N, int64_t K, bnb_stream stream);
+BNB_API bnb_status bnb_cuda_int8_mm_dequant(
+    const int32_t* A, const float* row_stats, const float* col_stats,
+    const void* bias, bnb_dtype bias_dtype,
+    void* out, bnb_dtype dtype,
+    int64_t M, int64_t N, bnb_stream stream);
+
+/* Add to out [M, N] what the columns k with outlier_cols[k] lack: what quantization left of A[m, k], times
+ * B[n, k] * col_stats[n] / 127. quantized and row_stats are bnb_cuda_int8_vectorwise_quant's of A. */
+BNB_API bnb_status bnb_cuda_int8_add_outliers(
+    const void* A, bnb_dtype dtype, const int8_t* quantized, const float* row_stats, const int8_t* B,
+    const float* col_stats, const uint8_t* outlier_cols,
+    void* out,
+    int64_t M, int64_t N, int64_t K, bnb_stream stream);
+
+/* All of them: A [M, K] is quantized, its product with B is scaled to A's dtype, and with a threshold outlier columns count
+ * as if they had not been quantized. outlier_cols [K] is null if threshold is 0, and need not be zero. workspace has
+ * bnb_cuda_int8_linear_workspace bytes, aligned to 16. */
+BNB_API bnb_status bnb_cuda_int8_linear(
+    const void* A, bnb_dtype dtype, const int8_t* B, const float* col_stats,
+    const void* bias, bnb_dtype bias_dtype,
+    void* out, uint8_t* outlier_cols,
+    int64_t M, int64_t N, int64_t K, float threshold, void* workspace, bnb_stream stream);
+
+/* A pure function, and part of every build. */
+BNB_API int64_t bnb_cuda_int8_linear_workspace(int64_t M, int64_t N, int64_t K, float threshold);
+
 /* ---- CUDA: optimizers ---- */
 
 /* As bnb_cpu_optimizer_update_32bit. With unorm, scratch has bnb_cuda_optimizer_scratch(1) bytes; else it is null. g is of

@@ -69,7 +69,8 @@ class MatmulLtState:
     """What an int8 layer keeps between calls. A plain mutable object: programs assign attributes, also new ones.
 
     ``CB`` is the int8 weight ``[N, K]`` and ``SCB`` its row absmax (float32 ``[N]``); ``idx`` are the outlier columns of
-    the last forward with a threshold. The other fields are kept for programs that set them.
+    the last forward with a threshold, listed when they are asked for, because that waits for a GPU. The other fields are
+    kept for programs that set them.
     """
 
     force_no_igemmlt: bool = False
@@ -89,6 +90,7 @@ class MatmulLtState:
     has_fp16_weights = True  # True: the float weight is quantized in forward; False: CB and SCB are fixed
     use_pool = False
     noted_cast = False  # whether this state's first input that is not float16 was logged
+    outlier_flags = None  # uint8 [K], of a forward whose outlier columns nobody has asked for yet
 
     def reset_grads(self) -> None:
         """Drop the int8 weight, so that the next forward takes it from the layer again."""
@@ -101,6 +103,21 @@ class MatmulLtState:
             )
             return None
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _listed_outliers(state: MatmulLtState) -> Tensor | None:
+    if state.outlier_flags is not None:
+        state.idx = state.outlier_flags.nonzero().view(-1)
+    return state.__dict__.get("_idx")
+
+
+def _set_outliers(state: MatmulLtState, columns: Tensor | None) -> None:
+    state.outlier_flags = None
+    state.__dict__["_idx"] = columns
+
+
+# After the class is made: in its body the field would take the property for its default.
+MatmulLtState.idx = property(_listed_outliers, _set_outliers)  # type: ignore[assignment]
 
 
 def matmul(
@@ -162,7 +179,10 @@ def _decoded(state: MatmulLtState, dtype: torch.dtype) -> Tensor:
     """The weight in ``dtype``: one rounding of the float32 product."""
     if state.CB is None or state.SCB is None:
         raise RuntimeError("state must contain the CB matrix and its SCB for backward")
-    return state.CB.to(dtype, copy=True).mul_(state.SCB.view(-1, 1) * (1.0 / 127.0))
+    scale = state.SCB.view(-1, 1) * (1.0 / 127.0)
+    if state.CB.device.type == "cpu":  # which would convert both operands of a mixed product first
+        return state.CB.to(dtype, copy=True).mul_(scale)
+    return torch.mul(state.CB, scale, out=torch.empty_like(state.CB, dtype=dtype))
 
 
 def _check_activations(A: Tensor, state: MatmulLtState) -> None:
@@ -185,9 +205,9 @@ def _multiply(A: Tensor, B: Tensor, bias: Tensor | None, state: MatmulLtState) -
     _prepare_weight(B, state)
     _check_activations(A, state)
     _note_cast(A, state)
-    product, columns = int8_linear(A, state.CB, state.SCB, bias, float(state.threshold))
-    if columns is not None:
-        state.idx = columns
+    product, flags = int8_linear(A, state.CB, state.SCB, bias, float(state.threshold))
+    if flags is not None:
+        state.outlier_flags = flags
     return product
 
 

@@ -8,6 +8,7 @@
 #include "../common/dtype.h"
 #include "gemm_4bit/grouped.h"
 #include "gemm_4bit/problem.h"
+#include "int8/problem.h"
 
 typedef struct CUstream_st* cudaStream_t;
 
@@ -53,6 +54,20 @@ void gemm_4bit_simt(const Gemm4bit& problem, bnb_dtype dtype, cudaStream_t strea
 // Any grouped problem; and float16 or bfloat16 of lengths that vectors divide, as abi/cuda_grouped.cu asks.
 void gemm_4bit_grouped_simt(const GroupedGemm4bit& problem, bnb_dtype dtype, bool transposed, cudaStream_t stream);
 void gemm_4bit_grouped_mma(const GroupedGemm4bit& problem, bnb_dtype dtype, bool transposed, cudaStream_t stream);
+
+// With a threshold, outlier_cols [cols] is zero before.
+void int8_vectorwise_quant(
+    const void* A, bnb_dtype dtype, int8_t* quantized, float* row_stats, uint8_t* outlier_cols, int64_t rows,
+    int64_t cols, float threshold, cudaStream_t stream);
+
+void int8_mm_dequant(
+    const int* sums, const float* row_stats, const float* col_stats, const void* bias, bnb_dtype bias_dtype, void* out,
+    bnb_dtype dtype, int64_t M, int64_t N, cudaStream_t stream);
+
+// quantized and row_stats are A's, as int8_vectorwise_quant leaves them.
+void int8_add_outliers(
+    const void* A, const int8_t* quantized, const float* row_stats, const int8_t* B, const float* col_stats,
+    const uint8_t* outlier_cols, void* out, bnb_dtype dtype, int64_t M, int64_t N, int64_t K, cudaStream_t stream);
 
 void* managed_alloc(int64_t bytes);
 void managed_free(void* memory);

@@ -29,6 +29,11 @@ bool is_aligned(const T* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % alignof(Pack<T, kCount>) == 0;
 }
 
+// As to_float of common/dtype.h.
+__device__ __forceinline__ float widened(float value) { return value; }
+__device__ __forceinline__ float widened(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+__device__ __forceinline__ float widened(BFloat16 value) { return to_float(value); }
+
 // Round to nearest even, as common/dtype.h does.
 template <class T>
 __device__ __forceinline__ T round_to(float value);

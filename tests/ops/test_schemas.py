@@ -56,7 +56,7 @@ SCHEMAS = {
 }
 
 # Results whose size depends on data need dynamo's permission to be traced.
-DATA_DEPENDENT = ("int8_vectorwise_quant", "int8_linear", "int8_double_quant", "int8_mixed_scaled_mm")
+DATA_DEPENDENT = ("int8_vectorwise_quant", "int8_double_quant", "int8_mixed_scaled_mm")
 
 
 def overload(name: str):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._native import DTYPE_ID, has_native, lib, ptr, threads
+from ..._operator import PLAIN_TENSORS
 from ..._ops import (
     int8_double_quant,
     int8_linear,
@@ -110,6 +111,8 @@ _HAS_TILES = torch.cpu._is_amx_tile_supported()
 # is, or without VNNI the default backend's in float32.
 _OWN_ROWS = {b"avx512vnni": 16 if _HAS_TILES else None, b"scalar": 0 if _HAS_VNNI else 2}
 
+_SMALL_ROWS = 64  # below which the host's share of a call counts
+
 
 def _is_ours(A: Tensor) -> bool:
     """Whether our kernel multiplies these activations."""
@@ -174,29 +177,65 @@ def _(A, B, row_stats, col_stats, bias, dtype, out):
     )
 
 
-@native_kernel(int8_linear, "bnb_cpu_int8_linear")
-def _(A, CB, SCB, bias, threshold):
-    plain = A.dtype in DTYPE_ID and (bias is None or bias.dtype in DTYPE_ID)
-    if not plain or not _is_ours(A):
-        return int8_linear.kernels["default"](A, CB, SCB, bias, threshold)
-    A, CB, SCB = A.contiguous(), CB.contiguous(), SCB.contiguous()
-    bias = None if bias is None else bias.contiguous()
+def _linear(
+    A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor | None]:
+    """What the kernel takes as it is, plain and contiguous."""
+    shape = list(A.shape)
     N, K = CB.shape
+    shape[-1] = N
     flags = _flags(threshold, K)
-    out = torch.empty((*A.shape[:-1], N), dtype=A.dtype, device="cpu")
+    out = A.new_empty(*shape)  # sizes one by one are parsed sooner
     lib.bnb_cpu_int8_linear(
-        ptr(A),
+        A.data_ptr(),
         DTYPE_ID[A.dtype],
-        ptr(CB),
-        ptr(SCB),
+        CB.data_ptr(),
+        SCB.data_ptr(),
         ptr(bias),
         _dtype_id(bias),
-        ptr(out),
+        out.data_ptr(),
         ptr(flags),
-        _rows(A),
+        A.numel() // K if K else _rows(A),
         N,
         K,
         threshold,
         threads(),
     )
-    return out, _marked(flags)
+    return out, flags
+
+
+@native_kernel(int8_linear, "bnb_cpu_int8_linear")
+def _(A, CB, SCB, bias, threshold):
+    plain = A.dtype in DTYPE_ID and (bias is None or bias.dtype in DTYPE_ID)
+    if not plain or not _is_ours(A):
+        return int8_linear.kernels["default"](A, CB, SCB, bias, threshold)
+    bias = None if bias is None else bias.contiguous()
+    return _linear(A.contiguous(), CB.contiguous(), SCB.contiguous(), bias, threshold)
+
+
+def _linear_small(A, CB, SCB, bias, threshold) -> tuple[Tensor, Tensor | None] | None:
+    """``int8_linear`` of few rows, as :meth:`Operator.shortcut` wants it; the conditions are those of its check."""
+    for tensor in (A, CB, SCB, bias):
+        if tensor is None:
+            continue
+        if (
+            type(tensor) not in PLAIN_TENSORS
+            or not tensor.is_cpu
+            or tensor.is_neg()
+            or not tensor.is_contiguous()
+        ):
+            return None
+    if A.dtype not in DTYPE_ID or CB.dtype is not torch.int8 or SCB.dtype is not torch.float32:
+        return None
+    columns, shape = A.shape[-1:], CB.shape
+    if len(shape) != 2 or columns != shape[1:] or SCB.numel() != shape[0] or not threshold >= 0.0:
+        return None
+    if bias is not None and (bias.dtype not in DTYPE_ID or bias.numel() != shape[0]):
+        return None
+    if not 0 < A.numel() < _SMALL_ROWS * shape[1] or not _is_ours(A):
+        return None
+    return _linear(A, CB, SCB, bias, threshold)
+
+
+if has_native("bnb_cpu_int8_linear"):
+    int8_linear.shortcut(_linear_small)

@@ -6,12 +6,9 @@ They read plain contiguous memory, so strided inputs are copied first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ..._formats.table import BLOCKSIZES
-from ..._native import DTYPE_ID, FORMAT_ID, device_of, has_native, lib, ptr, stream_of
+from ..._native import DTYPE_ID, FORMAT_ID, device_of, lib, ptr, stream_of
 from ..._ops import (
-    Operator,
     dequantize_4bit,
     dequantize_4bit_nested,
     dequantize_blockwise,
@@ -19,6 +16,7 @@ from ..._ops import (
     quantize_blockwise,
 )
 from .gemm_4bit import _gemm_4bit_custom_max_m, _gemm_4bit_use_custom_fn
+from .registration import native_kernel
 
 __all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn"]
 
@@ -26,12 +24,7 @@ __all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn"]
 _BLOCKSIZES = frozenset(BLOCKSIZES)
 
 
-def _native_kernel(operator: Operator, symbol: str) -> Callable[[Callable], Callable]:
-    """Register the filling for CUDA if the library has its symbol."""
-    return operator.kernel("cuda") if has_native(symbol) else lambda fill: fill
-
-
-@_native_kernel(quantize_4bit, "bnb_cuda_quantize_4bit")
+@native_kernel(quantize_4bit, "bnb_cuda_quantize_4bit")
 def _(A, blocksize, quant_type, quant_storage, packed, absmax):
     A = A.contiguous()
     with device_of(A):
@@ -47,7 +40,7 @@ def _(A, blocksize, quant_type, quant_storage, packed, absmax):
         )
 
 
-@_native_kernel(quantize_blockwise, "bnb_cuda_quantize_blockwise")
+@native_kernel(quantize_blockwise, "bnb_cuda_quantize_blockwise")
 def _(A, code, blocksize, codes, absmax):
     if blocksize not in _BLOCKSIZES:
         return quantize_blockwise.kernels["default"](A, code, blocksize, codes, absmax)
@@ -58,7 +51,7 @@ def _(A, code, blocksize, codes, absmax):
         )
 
 
-@_native_kernel(dequantize_4bit, "bnb_cuda_dequantize_4bit")
+@native_kernel(dequantize_4bit, "bnb_cuda_dequantize_4bit")
 def _(A, absmax, blocksize, quant_type, shape, dtype, out):
     A, absmax = A.contiguous(), absmax.contiguous()
     with device_of(out):
@@ -74,7 +67,7 @@ def _(A, absmax, blocksize, quant_type, shape, dtype, out):
         )
 
 
-@_native_kernel(dequantize_4bit_nested, "bnb_cuda_dequantize_4bit_nested")
+@native_kernel(dequantize_4bit_nested, "bnb_cuda_dequantize_4bit_nested")
 def _(A, absmax, absmax_8bit, absmax_code, absmax_offset, blocksize, quant_type, shape, dtype, out):
     A, absmax, absmax_8bit = A.contiguous(), absmax.contiguous(), absmax_8bit.contiguous()
     absmax_code, absmax_offset = absmax_code.contiguous(), absmax_offset.float()
@@ -94,7 +87,7 @@ def _(A, absmax, absmax_8bit, absmax_code, absmax_offset, blocksize, quant_type,
         )
 
 
-@_native_kernel(dequantize_blockwise, "bnb_cuda_dequantize_blockwise")
+@native_kernel(dequantize_blockwise, "bnb_cuda_dequantize_blockwise")
 def _(A, absmax, code, blocksize, dtype, out):
     A, absmax, code = A.contiguous(), absmax.contiguous(), code.contiguous()
     with device_of(out):

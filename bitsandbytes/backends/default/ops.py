@@ -286,4 +286,5 @@ def _(A, CB, SCB, bias, threshold):
     if columns is None:
         return int8_scaled_mm(quantized, CB, row_stats, SCB, bias, A.dtype), None
     product, _ = int8_mixed_scaled_mm(A, quantized, CB, row_stats, SCB, columns, bias)
-    return product, columns
+    flags = torch.zeros(A.shape[-1], dtype=torch.uint8, device=A.device).index_fill_(0, columns, 1)
+    return product, flags

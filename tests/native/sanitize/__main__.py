@@ -24,6 +24,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # shards share the processor
 import numpy as np
 
 import elementwise
+import int8
 import optimizers
 import products
 from gpu import CUDA_FUNCTIONS, ROOT, Gpu, GpuError
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Callable[[Gpu], Iterator[tuple]]] = {
     "embedding": elementwise.embedding,
     "gemm": products.gemm,
     "grouped": products.grouped,
+    "int8": int8.int8,
     "optimizer": optimizers.optimizer,
     "managed": optimizers.managed_memory,
 }
