@@ -101,6 +101,25 @@ def test_columns_without_outliers_take_the_plain_path(device):
     assert with_threshold.idx.tolist() == []
 
 
+def test_outlier_columns_are_listed_when_they_are_asked_for(device):
+    """A forward leaves flags on the device; what is assigned, copied or pickled is the list that it always was."""
+    weight = torch.randn(48, 40, device=device)
+    A = torch.zeros(5, 40, device=device)
+    A[2, 7], A[4, 39] = 9.0, -9.0
+    state = frozen_state(weight, 6.0)
+    matmul(A, weight, state=state)
+    assert state.outlier_flags.shape == (40,)
+
+    copies = copy.deepcopy(state), pickle.loads(pickle.dumps(state))
+
+    assert [s.idx.tolist() for s in (*copies, state)] == [[7, 39]] * 3
+    assert state.idx.dtype == torch.int64 and state.outlier_flags is None
+    matmul(A, weight, state=state)
+    state.idx = torch.tensor([3])
+    assert state.idx.tolist() == [3]
+    assert MatmulLtState(idx=state.idx).idx is state.idx and MatmulLtState() == MatmulLtState()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_beyond_float16_do_not_overflow(device, dtype):
     weight = torch.randn(48, 40, device=device)

@@ -69,6 +69,23 @@ def test_a_small_product_takes_the_shortcut_unless_a_tensor_is_special():
     assert not takes_it(A, packed, *rest, bias.as_subclass(type("Watched", (Tensor,), {})))
 
 
+def test_a_small_int8_layer_takes_the_shortcut_unless_a_tensor_is_special():
+    operator = OPERATORS["int8_linear"]
+    if operator._shortcut is None:
+        pytest.skip("no native library is built")
+    A, CB, SCB, bias = torch.randn(1, 8), torch.ones(2, 8, dtype=torch.int8), torch.rand(2), torch.randn(2)
+
+    def takes_it(*arguments: object) -> bool:
+        return operator._shortcut(*operator._complete(arguments)) is not None
+
+    assert takes_it(A, CB, SCB) and takes_it(A, CB, SCB, bias.half(), 6.0)
+    assert not takes_it(A.expand(5, 100, 8).contiguous(), CB, SCB)  # too many rows to be small
+    assert not takes_it(torch.randn(8, 2).t(), CB, SCB)
+    assert not takes_it(A.double(), CB, SCB)
+    assert not takes_it(torch._neg_view(A), CB, SCB)
+    assert not takes_it(A, CB, SCB, bias.as_subclass(type("Watched", (Tensor,), {})))
+
+
 def test_a_direct_call_checks_its_arguments():
     codes, stats = _arguments()
 

@@ -16,10 +16,10 @@
 
 #include <type_traits>
 
-#include "../vector_io.cuh"
 #include "../async.cuh"
-#include "grouped_units.cuh"
 #include "../mma_instructions.cuh"
+#include "../vector_io.cuh"
+#include "grouped_units.cuh"
 
 namespace bnb {
 

@@ -3,9 +3,9 @@
 
 #include <type_traits>
 
-#include "../vector_io.cuh"
 #include "../async.cuh"
 #include "../mma_instructions.cuh"
+#include "../vector_io.cuh"
 #include "tuning.h"
 
 namespace bnb {
