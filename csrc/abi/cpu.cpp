@@ -9,6 +9,7 @@
 #include "../common/optimizer_scalars.h"
 #include "../cpu/kernels.h"
 #include "../cpu/tiled_layout.h"
+#include "arguments.h"
 #include "guard.h"
 
 namespace bnb {
@@ -19,11 +20,6 @@ const FourBitFormat& format_of(bnb_format format) {
     const FourBitFormat* found = find_format(format);
     require(found != nullptr, "unknown 4-bit format ", int(format));
     return *found;
-}
-
-template <class Body>
-void visit_or_refuse(bnb_dtype dtype, Body&& body) {
-    require(visit(dtype, body), "unknown dtype ", int(dtype));
 }
 
 // Sizes of data in blocks; the pointers may be null only if there is nothing to point to.

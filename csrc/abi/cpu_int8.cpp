@@ -4,23 +4,19 @@
 #include "../common/dtype.h"
 #include "../cpu/int8_kernels.h"
 #include "../cpu/parallel.h"
+#include "arguments.h"
 #include "guard.h"
 
 namespace bnb {
 
 namespace {
 
-template <class Body>
-void visit_or_refuse(bnb_dtype dtype, Body&& body) {
-    require(visit(dtype, body), "unknown dtype ", int(dtype));
-}
-
 void check_sizes(int64_t M, int64_t N, int64_t K) {
     require(M >= 0 && N >= 0 && K >= 0, "M, N, K must not be negative, got ", M, ", ", N, ", ", K);
 }
 
 void check_quantization(bnb_dtype dtype, int64_t rows, int64_t cols, float threshold, bool pointers, bool flags) {
-    require(visit(dtype, [](auto) {}), "unknown dtype ", int(dtype));
+    check_dtype(dtype);
     require(rows >= 0 && cols >= 0, "rows and cols must not be negative, got ", rows, ", ", cols);
     require(threshold >= 0.0f, "threshold must not be negative, got ", threshold);
     require(rows * cols == 0 || pointers, "null pointer for A or a result");

@@ -10,17 +10,12 @@
 #include "../cuda/gemm_4bit/plan.h"
 #include "../cuda/gemm_4bit/tuning.h"
 #include "../cuda/launchers.h"
+#include "arguments.h"
 #include "guard.h"
 
 namespace bnb {
 
 namespace {
-
-cudaStream_t as_stream(bnb_stream stream) { return static_cast<cudaStream_t>(stream); }
-
-void check_dtype(bnb_dtype dtype) {
-    require(visit(dtype, [](auto) {}), "unknown dtype ", int(dtype));
-}
 
 void check_dequantize_4bit(bnb_format format, bnb_dtype dtype, int64_t blocksize) {
     check_dtype(dtype);
@@ -49,13 +44,6 @@ void check_gemm_4bit(const GemmProblem& p, int tuning) {
     require(
         nothing || (tuning == BNB_GEMM_SIMT ? can_multiply_with_simt(p) : can_multiply_with_mma(p)),
         "no kernel of tuning ", tuning, " for M = ", p.M, ", N = ", p.N, ", K = ", p.K, ", blocksize ", p.blocksize);
-}
-
-bool is_aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-template <class Body>
-void visit_or_refuse(bnb_dtype dtype, Body&& body) {
-    require(visit(dtype, body), "unknown dtype ", int(dtype));
 }
 
 void check_blocks(int64_t n, int64_t blocksize, bool pointers) {

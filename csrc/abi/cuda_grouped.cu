@@ -7,6 +7,7 @@
 #include "../common/codebooks.h"
 #include "../cuda/device.cuh"
 #include "../cuda/launchers.h"
+#include "arguments.h"
 #include "guard.h"
 
 namespace bnb {
@@ -32,7 +33,7 @@ bool fits_tensor_cores(const GroupedGemm4bit& p, bnb_dtype dtype, bool transpose
 }
 
 void check_sizes(const Sizes& s, bnb_dtype dtype, bnb_format format) {
-    require(visit(dtype, [](auto) {}), "unknown dtype ", int(dtype));
+    check_dtype(dtype);
     require(find_format(format) != nullptr, "unknown 4-bit format ", int(format));
     require(
         std::min({s.E, s.R, s.N, s.K}) >= 0 && std::max({s.E, s.R, s.N, s.K}) < kMaxSize,

@@ -5,17 +5,12 @@
 #include "../cuda/check.cuh"
 #include "../cuda/device.cuh"
 #include "../cuda/launchers.h"
+#include "arguments.h"
 #include "guard.h"
 
 namespace bnb {
 
 namespace {
-
-cudaStream_t as_stream(bnb_stream stream) { return static_cast<cudaStream_t>(stream); }
-
-void check_dtype(bnb_dtype dtype) {
-    require(visit(dtype, [](auto) {}), "unknown dtype ", int(dtype));
-}
 
 void check_sizes(int64_t M, int64_t N, int64_t K) {
     require(M >= 0 && N >= 0 && K >= 0, "M, N, K must not be negative, got ", M, ", ", N, ", ", K);
@@ -53,8 +48,6 @@ void multiply(const Int8Product& product, bnb_stream stream) {
         int8_matmul_mma(product, as_stream(stream));
     }
 }
-
-bool is_aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
 

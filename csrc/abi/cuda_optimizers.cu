@@ -3,14 +3,13 @@
 #include "../bnb.h"
 #include "../common/error.h"
 #include "../cuda/optimizer.h"
+#include "arguments.h"
 #include "guard.h"
 
 namespace bnb {
 namespace {
 
 constexpr int64_t kBlock = 256;
-
-cudaStream_t as_stream(bnb_stream stream) { return static_cast<cudaStream_t>(stream); }
 
 OptimizerKind checked_kind(bnb_rule rule, bnb_dtype p_dtype, bnb_dtype g_dtype) {
     require(
