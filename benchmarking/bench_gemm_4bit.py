@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import torch
-from graphs import copies_of, copy_bandwidth, graph_times
+from graphs import copies_of, copy_bandwidth, graph_times, times_of_package
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
@@ -93,16 +90,6 @@ def moved(M: int, N: int, K: int, nested: bool) -> int:
     return N * K // 2 + (blocks + blocks // 64 if nested else 4 * blocks) + 2 * M * (N + K)
 
 
-def times_of_package(folder: str, N: int, K: int, tokens: list[int], nested: bool) -> dict[int, list[float]]:
-    """The same in a process whose bitsandbytes comes from ``folder``."""
-    environment = {**os.environ, "PYTHONPATH": folder}
-    command = [sys.executable, __file__, "--child", json.dumps([N, K, tokens, nested])]
-    output = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True, cwd="/"
-    ).stdout
-    return {int(M): times for M, times in json.loads(output.splitlines()[-1]).items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few numbers of tokens")
@@ -143,7 +130,7 @@ def main() -> None:
             for M in tokens:
                 add(f"{kind} matmul_4bit", times[M], dense[M], M, N, K, nested)
             if options.package:
-                theirs = times_of_package(options.package, N, K, tokens, nested)
+                theirs = times_of_package(__file__, options.package, N, K, tokens, nested)
                 for M in tokens:
                     add(f"{kind} other package", theirs[M], dense[M], M, N, K, nested)
     for N, K in TRAINED:

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
-from graphs import copies_of, copy_bandwidth, graph_times
+from graphs import copies_of, copy_bandwidth, graph_times, times_of_package
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]
 TOKENS = [1, 16, 64, 128, 256, 512, 1024, 4096]
@@ -90,17 +87,6 @@ def times_of_dense(N: int, K: int, tokens: list[int]) -> dict[int, list[float]]:
     return found
 
 
-def times_of_package(
-    folder: str, N: int, K: int, tokens: list[int], outliers: int | None
-) -> dict[int, list[float]]:
-    """The same in a process whose bitsandbytes comes from ``folder``; with a threshold it waits for the device."""
-    environment = {**os.environ, "PYTHONPATH": folder}
-    task = json.dumps([N, K, tokens, outliers, outliers is not None])
-    command = [sys.executable, os.path.abspath(__file__), "--child", task]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return {int(M): times for M, times in json.loads(output.splitlines()[-1]).items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--package", help="folder with another bitsandbytes to time as well")
@@ -147,7 +133,9 @@ def main() -> None:
             for M in TOKENS:
                 add(f"int8 {name}", times[M], dense[M], M, N, K)
             if options.package and outliers in (None, 16):
-                for M, theirs in times_of_package(options.package, N, K, TOKENS, outliers).items():
+                waits = outliers is not None  # for the device, so no graph can be made of it
+                found = times_of_package(__file__, options.package, N, K, TOKENS, outliers, waits)
+                for M, theirs in found.items():
                     add(f"{name}, other package", theirs, dense[M], M, N, K)
     for rows, columns in ((8192, 28672), (16384, 4096)):
         from bitsandbytes.functional import int8_vectorwise_quant

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-__all__ = ["copies_of", "copy_bandwidth", "graph_times"]
+__all__ = ["copies_of", "copy_bandwidth", "graph_times", "times_of_package"]
 
 _ROTATED_BYTES = 256 << 20  # of weights, several times a last-level cache
 _REPLAYS = 15
@@ -49,3 +54,13 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     times = sorted(graph_times(lambda i: target.copy_(source), 5))
     return 2 * source.nbytes / times[len(times) // 2]
+
+
+def times_of_package(script: str, folder: str, *task: Any) -> dict[int, list[float]]:
+    """What ``script --child`` prints for a task, in a process whose bitsandbytes comes from ``folder``: times by tokens."""
+    environment = {**os.environ, "PYTHONPATH": folder}
+    command = [sys.executable, os.path.abspath(script), "--child", json.dumps(task)]
+    output = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, cwd="/"
+    ).stdout
+    return {int(tokens): times for tokens, times in json.loads(output.splitlines()[-1]).items()}

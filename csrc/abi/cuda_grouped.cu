@@ -21,14 +21,10 @@ struct Sizes {
     int64_t E, R, N, K, blocksize;
 };
 
-bool are_aligned_16(const void* a, const void* b) {
-    return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
-}
-
 // Vectors of codes and of A lie whole in a row and in a block; forward, so do the 64 products that share a scale.
 bool fits_tensor_cores(const GroupedGemm4bit& p, bnb_dtype dtype, bool transposed, int64_t blocksize) {
     const bool shape = transposed ? p.K % 32 == 0 && p.N % 8 == 0 : p.K % 64 == 0 && blocksize >= 64;
-    return dtype != BNB_DTYPE_FLOAT32 && shape && p.N > 0 && p.K > 0 && are_aligned_16(p.A, p.packed) &&
+    return dtype != BNB_DTYPE_FLOAT32 && shape && p.N > 0 && p.K > 0 && is_aligned_16(p.A) && is_aligned_16(p.packed) &&
            current_device().capability >= kTensorCores;
 }
 

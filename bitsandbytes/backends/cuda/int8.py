@@ -25,10 +25,8 @@ from .registration import native_kernel
 
 __all__: list[str] = []
 
-_FEW_ROWS = (
-    16  # torch's int8 product on CUDA takes more than so many, and multiples of the next in the other sizes
-)
-_MULTIPLE = 8
+# torch's int8 product on CUDA takes more rows than these, and multiples of the other in the other sizes.
+_FEW_ROWS, _MULTIPLE = 16, 8
 
 
 def _rows(A: Tensor) -> int:
