@@ -44,7 +44,8 @@ struct Int8Shape {
     static constexpr int kSums = kTokens <= 128 ? kRows * kTokens * 4 : 0;  // for the other CTAs of a cluster
     static constexpr int kBatch = (kTokens + kRows) * kOutliersAtOnce * 2;
     static constexpr int kOutliers = kBatch + sizeof(OutlierChunk<kConsumers>);
-    static constexpr int kFirstOutliers = kBatch + 16 + sizeof(OutlierChunk<kGatherers>);  // and their number
+    static constexpr int kCount = 32;  // bytes: the number of outlier columns, two barriers
+    static constexpr int kFirstOutliers = kBatch + kCount + sizeof(OutlierChunk<kGatherers>);
     // Adding up comes first, then outliers, then turning, all in one place.
     static constexpr int kResults = std::max({kSums, kOutliers, kConsumers / 128 * kTurned * kTurnedRow});
     static constexpr int kStats = kTokens * 4;
@@ -307,7 +308,8 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
     const OutlierBatch<T> first_outliers = {
         reinterpret_cast<T*>(outliers), reinterpret_cast<T*>(outliers) + kTokens * kOutliersAtOnce};
     int& outlier_count = *reinterpret_cast<int*>(outliers + Shape::kBatch);
-    // 4 and 5 are barriers of those who gather outliers and those who add them.
+    // Between those who gather outliers and those who add them: gathered, and added.
+    const uint32_t outliers_full = shared_address(outliers) + Shape::kBatch + 8, outliers_empty = outliers_full + 8;
     const bool has_outliers = sizeof(T) == 2 && p.outlier_cols != nullptr;
 
     const int parts = work.parts, part = parts > 1 ? cluster_rank() : 0;
@@ -321,6 +323,8 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
             make_barrier(full + 8 * s, 1);
             make_barrier(empty + 8 * s, kConsumers / 128);
         }
+        make_barrier(outliers_full, Shape::kGatherers);
+        make_barrier(outliers_empty, kConsumers);
         publish_barriers();
     }
     __syncthreads();
@@ -362,20 +366,22 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
             const int thread = threadIdx.x - kConsumers - 32;
             if (thread >= 0 && has_outliers) {
                 using Chunk = OutlierChunk<Shape::kGatherers>;
-                Chunk& chunk = *reinterpret_cast<Chunk*>(outliers + Shape::kBatch + 16);
+                Chunk& chunk = *reinterpret_cast<Chunk*>(outliers + Shape::kBatch + Shape::kCount);
                 wait_for_predecessor();
                 const int column = thread % kOutliersAtOnce;
+                uint32_t phase = 1;  // of a barrier that nobody has to wait for yet
                 int count = 0;
                 int64_t k = 0;
                 for (int64_t start = 0; start < p.K; start += Chunk::kColumns) {
-                    const int found = chunk.collect(p.outlier_cols, start, p.K, thread, 6);
+                    const int found = chunk.collect(p.outlier_cols, start, p.K, thread, 4);
                     if (column >= count && column < count + found) k = start + chunk.columns[column - count];
                     count += found;
                 }
                 if (thread == 0) outlier_count = count;
                 for (int i = first_tile; i < tiles; i += step) {
                     const Int8Tile tile = tile_of(work, i);
-                    if (i > first_tile) synchronize_threads(5, kConsumers + Shape::kGatherers);
+                    wait_for_barrier(outliers_empty, phase);
+                    phase ^= 1;
                     if (count > 0 && p.gathered_values) {
                         first_outliers.template copy<Shape::kGatherers>(
                             p, 0, int64_t(tile.token) * kTokens, kTokens, int64_t(tile.row) * kRows, kRows, thread);
@@ -384,7 +390,7 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
                             p, int64_t(tile.token) * kTokens, kTokens, int64_t(tile.row) * kRows, kRows, thread,
                             column < count, k);
                     }
-                    synchronize_threads(4, kConsumers + Shape::kGatherers);
+                    arrive_at_barrier(outliers_full);
                 }
             }
         }
@@ -397,7 +403,7 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
     wait_for_predecessor();
     const int half = threadIdx.x / 128;
     int s = 0;
-    uint32_t phase = 0;
+    uint32_t phase = 0, outliers_phase = 0;
     const auto release = [&](int stage) {
         if (threadIdx.x % 128 == 0) arrive_at_barrier(empty + 8 * stage);
     };
@@ -429,7 +435,10 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
                 row_stats[j] = token + j < p.M ? __ldg(p.row_stats + token + j) : 0.0f;
             }
         }
-        if (has_outliers) synchronize_threads(4, kConsumers + Shape::kGatherers);
+        if (has_outliers) {
+            wait_for_barrier(outliers_full, outliers_phase);
+            outliers_phase ^= 1;
+        }
         Int8Results<T, kRows, kTokens> to(
             p, results, row_stats, first_outliers, has_outliers ? outlier_count : 0, tile.row * kRows, token);
         if (parts == 1) {
@@ -439,7 +448,7 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
             for (int j = 0; j < kGroups * 4; ++j) of_groups[j / 4][j % 4] = sums[j];
             to.put(of_groups, 0, kGroups);
             synchronize_threads(1, kConsumers);  // and have been read
-            if (has_outliers && i + step < tiles) synchronize_threads(5, kConsumers + Shape::kGatherers);
+            if (has_outliers) arrive_at_barrier(outliers_empty);
         } else if constexpr (Shape::kSums > 0) {
             // A cluster has one tile. Each CTA adds up some groups of tokens, of all.
             const uint32_t place = shared_address(results) + 4 * threadIdx.x;
