@@ -409,8 +409,8 @@ BNB_API bnb_status bnb_cuda_gemm_4bit_grouped_transposed(
 /* ---- CUDA: int8 ---- */
 
 /* Round each row of A [rows, cols] to 127 / (its largest magnitude). With threshold > 0, elements of at least that
- * magnitude do not count in row_stats, are zero in the result, and set their columns to 1 in outlier_cols [cols] (null if
- * threshold is 0, else zero on entry); what else is in these columns stays. */
+ * magnitude do not count in row_stats, are zero in the result, and their columns are 1 in outlier_cols [cols] (null if
+ * threshold is 0), all others 0; what else is in these columns stays. */
 BNB_API bnb_status bnb_cuda_int8_vectorwise_quant(
     const void* A, bnb_dtype dtype,
     int8_t* quantized, float* row_stats, uint8_t* outlier_cols,
@@ -441,7 +441,7 @@ BNB_API bnb_status bnb_cuda_int8_add_outliers(
     int64_t M, int64_t N, int64_t K, bnb_stream stream);
 
 /* All of them: A [M, K] is quantized, its product with B is scaled to A's dtype, and with a threshold outlier columns count
- * as if they had not been quantized. outlier_cols [K] is null if threshold is 0, and need not be zero. workspace has
+ * as if they had not been quantized. outlier_cols [K] is null if threshold is 0. workspace has
  * bnb_cuda_int8_linear_workspace bytes, aligned to 16. */
 BNB_API bnb_status bnb_cuda_int8_linear(
     const void* A, bnb_dtype dtype, const int8_t* B, const float* col_stats,

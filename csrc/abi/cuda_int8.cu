@@ -123,9 +123,6 @@ bnb_status bnb_cuda_int8_linear(
         check_scaling(room.row_stats, col_stats, bias, bias_dtype, out, dtype, M, N);
         require(M * N * K == 0 || B, "null pointer for B");
         uint8_t* const flags = threshold > 0.0f && K > 0 ? outlier_cols : nullptr;
-        if (flags && M != 1) {  // one row writes all flags
-            check(cudaMemsetAsync(flags, 0, static_cast<size_t>(K), as_stream(stream)), "cudaMemsetAsync");
-        }
         int8_vectorwise_quant(A, dtype, room.codes, room.row_stats, flags, M, K, threshold, as_stream(stream));
         Int8Product product = {room.codes, B, room.row_stats, col_stats, bias, bias_dtype, out, dtype, M, N, K, true};
         product.outlier_cols = flags;

@@ -15,43 +15,41 @@ namespace bnb {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 64;  // of A, or of B, of a CTA
+constexpr int kRows = kThreads / kOutliersAtOnce;  // of A, or of B, of a CTA: a thread has a column of each batch
+constexpr int kTogether = 4;                       // batches whose loads are in flight
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) int8_gather_outliers_kernel(
-    const Int8Product p, T* __restrict__ gathered_values, T* __restrict__ gathered_weights, int64_t of_values) {
-    __shared__ OutlierChunk<kThreads> chunk;
-    __shared__ int columns[kGatheredOutliers];
+    const Int8Product p, int* __restrict__ outlier_count, T* __restrict__ gathered_values,
+    T* __restrict__ gathered_weights, int64_t of_values) {
+    __shared__ OutlierList<kThreads, kGatheredOutliers> list;
     wait_for_predecessor();
-    let_successor_start();
-    int all = 0;
-    for (int64_t start = 0; start < p.K; start += chunk.kColumns) {
-        const int found = chunk.collect(p.outlier_cols, start, p.K, threadIdx.x, 0);
-        for (int i = threadIdx.x; i < found && all + i < kGatheredOutliers; i += kThreads) {
-            columns[all + i] = static_cast<int>(start) + chunk.columns[i];
-        }
-        all += found;
-    }
-    if (all == 0) return;
-    __syncthreads();
-
-    const int gathered = min(all, kGatheredOutliers);
-    const int padded = (gathered + kOutliersAtOnce - 1) / kOutliersAtOnce * kOutliersAtOnce;
+    let_successor_start();  // it relies on quantization having ended
+    const int all = list.collect(p.outlier_cols, p.K, threadIdx.x, 0);
+    if (blockIdx.x == 0 && threadIdx.x == 0) *outlier_count = all;
     const bool weights = blockIdx.x >= of_values;
-    const int64_t first = (blockIdx.x - (weights ? of_values : 0)) * kRows, rows = weights ? p.N : p.M;
-    for (int i = threadIdx.x; i < kRows * padded; i += kThreads) {
-        const int column = i % padded;
-        const int64_t row = first + i / padded;
-        if (row >= rows) break;
-        float value = 0.0f;
-        if (column < gathered) {
-            const int64_t at = row * p.K + columns[column];
-            value = weights ? float(p.B[at])
-                            : left_of(widened(static_cast<const T*>(p.values)[at]), p.A[at], __ldg(p.row_stats + row));
+    const int64_t row = (blockIdx.x - (weights ? of_values : 0)) * kRows + threadIdx.x / kOutliersAtOnce;
+    if (row >= (weights ? p.N : p.M)) return;
+    const int gathered = min(all, kGatheredOutliers), column = threadIdx.x % kOutliersAtOnce;
+    const float row_stat = weights || gathered == 0 ? 0.0f : __ldg(p.row_stats + row);
+    T* const to = (weights ? gathered_weights : gathered_values) + row * kGatheredOutliers;
+#pragma unroll 1
+    for (int first = 0; first < gathered; first += kTogether * kOutliersAtOnce) {
+        float values[kTogether];
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+            const int i = first + j * kOutliersAtOnce + column;
+            values[j] = 0.0f;
+            if (i >= gathered) continue;
+            const int64_t at = row * p.K + list.columns[i];
+            values[j] =
+                weights ? float(p.B[at]) : left_of(widened(static_cast<const T*>(p.values)[at]), p.A[at], row_stat);
         }
-        (weights ? gathered_weights
-                 : gathered_values)[row * kGatheredOutliers + OutlierBatch<T>::place_in_row(column)] =
-            round_to<T>(value);
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+            const int batch = first + j * kOutliersAtOnce;
+            if (batch < gathered) to[OutlierBatch<T>::place_in_row(batch + column)] = round_to<T>(values[j]);
+        }
     }
 }
 
@@ -61,8 +59,8 @@ void launch(const Int8Product& p, const Int8Workspace& room, cudaStream_t stream
     const int64_t of_values = (p.M + kRows - 1) / kRows, of_weights = (p.N + kRows - 1) / kRows;
     const Launch how = {"int8_gather_outliers_kernel", dim3(grid_size(of_values + of_weights)), kThreads, 0, allowed};
     launch_early(
-        int8_gather_outliers_kernel<T>, how, current_device(), stream, p, static_cast<T*>(room.gathered_values),
-        static_cast<T*>(room.gathered_weights), of_values);
+        int8_gather_outliers_kernel<T>, how, current_device(), stream, p, room.outlier_count,
+        static_cast<T*>(room.gathered_values), static_cast<T*>(room.gathered_weights), of_values);
 }
 
 }  // namespace
@@ -74,6 +72,7 @@ void int8_gather_outliers(Int8Product& p, const Int8Workspace& room, cudaStream_
     } else {
         launch<Half>(p, room, stream);
     }
+    p.outlier_count = room.outlier_count;
     p.gathered_values = room.gathered_values;
     p.gathered_weights = room.gathered_weights;
 }

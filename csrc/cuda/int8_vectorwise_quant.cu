@@ -2,7 +2,8 @@
 //
 // Memory bound: sizeof(T) + 1 bytes per value. A CTA holds its row in registers between the two passes; rows beyond
 // what fits, or that are no whole vectors, are read again, from cache. Outliers are rare: a lane that meets one sets
-// its column's flag, and the same byte may be written by many.
+// its column's flag, and the same byte may be written by many. A kernel before that clears the flags: cudaMemsetAsync
+// would keep everything from starting early, which costs three microseconds.
 
 #include <algorithm>
 #include <type_traits>
@@ -18,6 +19,7 @@ namespace {
 constexpr int kMostThreads = 512;
 constexpr int64_t kManyRows = 512;
 constexpr int kVectorBytes = 16;
+constexpr int kClearThreads = 128;
 
 template <class T>
 struct Row {
@@ -61,6 +63,25 @@ __device__ __forceinline__ float factor_of(float statistic) {
     return statistic == 0.0f ? 0.0f : __fmul_rn(__fdiv_rn(1.0f, statistic), 127.0f);
 }
 
+__global__ void __launch_bounds__(kClearThreads) clear_flags_kernel(uint8_t* flags, int64_t count) {
+    wait_for_predecessor();
+    let_successor_start();
+    const int64_t first = (int64_t(blockIdx.x) * kClearThreads + threadIdx.x) * kVectorBytes;
+    if (first + kVectorBytes <= count && reinterpret_cast<uintptr_t>(flags) % kVectorBytes == 0) {
+        *reinterpret_cast<uint4*>(flags + first) = make_uint4(0, 0, 0, 0);
+    } else {
+        for (int64_t i = first; i < first + kVectorBytes && i < count; ++i) flags[i] = 0;
+    }
+}
+
+void clear_flags(uint8_t* flags, int64_t count, cudaStream_t stream) {
+    static std::atomic<uint64_t> allowed{0};
+    const int64_t of_cta = kClearThreads * kVectorBytes;
+    const Launch how = {
+        "clear_flags_kernel", dim3(grid_size((count + of_cta - 1) / of_cta)), kClearThreads, 0, allowed};
+    launch_early(clear_flags_kernel, how, current_device(), stream, flags, count);
+}
+
 // kVectors of a row a thread, or with zero any row.
 template <class T, int kVectors>
 __global__ void __launch_bounds__(kMostThreads, 2) int8_vectorwise_quant_kernel(
@@ -97,8 +118,10 @@ __global__ void __launch_bounds__(kMostThreads, 2) int8_vectorwise_quant_kernel(
             for (int i = 0; i < kEach; ++i) codes.values[i] = row.rounded(widened(held[v].values[i]), factor);
             store_pack(row.quantized + column, codes);
             if (!all_flags) continue;
+            Pack<uint8_t, kEach> flags;
 #pragma unroll
-            for (int i = 0; i < kEach; ++i) outlier_cols[column + i] = row.is_outlier(widened(held[v].values[i]));
+            for (int i = 0; i < kEach; ++i) flags.values[i] = row.is_outlier(widened(held[v].values[i]));
+            store_pack(outlier_cols + column, flags);
         }
         if (threadIdx.x == 0) row_stats[blockIdx.x] = statistic;
     } else {
@@ -119,7 +142,8 @@ void launch(
     cudaStream_t stream) {
     constexpr int kEach = kVectorBytes / sizeof(T);
     const int64_t vectors = (cols + kEach - 1) / kEach;
-    const bool whole = cols % kEach == 0 && is_aligned<T, kEach>(A) && is_aligned<int8_t, kEach>(quantized);
+    const bool whole = cols % kEach == 0 && is_aligned<T, kEach>(A) && is_aligned<int8_t, kEach>(quantized) &&
+                       is_aligned<uint8_t, kEach>(outlier_cols);
     const auto with = [&](auto each) {
         constexpr int kVectors = decltype(each)::value;
         const int64_t wanted = kVectors > 0 ? (vectors + kVectors - 1) / kVectors : vectors;
@@ -150,14 +174,14 @@ void launch(
 void int8_vectorwise_quant(
     const void* A, bnb_dtype dtype, int8_t* quantized, float* row_stats, uint8_t* outlier_cols, int64_t rows,
     int64_t cols, float threshold, cudaStream_t stream) {
+    if (threshold == 0.0f) outlier_cols = nullptr;
+    if (outlier_cols && cols > 0 && rows != 1) clear_flags(outlier_cols, cols, stream);  // one row writes them all
     if (rows == 0) return;
     visit(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         // Magnitudes are compared as values of A's dtype.
         const float limit = to_float(from_float<T>(threshold));
-        launch(
-            static_cast<const T*>(A), quantized, row_stats, threshold > 0.0f ? outlier_cols : nullptr, rows, cols,
-            limit, stream);
+        launch(static_cast<const T*>(A), quantized, row_stats, outlier_cols, rows, cols, limit, stream);
     });
 }
 

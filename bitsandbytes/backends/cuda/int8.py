@@ -62,7 +62,7 @@ def _quantize(A: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor | Non
     rows, columns = _rows(A), A.shape[-1]
     codes = torch.empty(A.shape, dtype=torch.int8, device=A.device)
     row_stats = torch.empty(rows, dtype=torch.float32, device=A.device)
-    flags = torch.zeros(columns, dtype=torch.uint8, device=A.device) if threshold > 0.0 else None
+    flags = torch.empty(columns, dtype=torch.uint8, device=A.device) if threshold > 0.0 else None
     with device_of(A):
         lib.bnb_cuda_int8_vectorwise_quant(
             ptr(A),

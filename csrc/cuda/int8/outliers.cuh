@@ -29,7 +29,67 @@ __device__ __forceinline__ bool any_of_threads(int barrier, int threads, bool va
     return any != 0;
 }
 
-// kThreads threads with a barrier of their own collect the flagged columns of a chunk.
+// Which of 16 flags are set.
+__device__ __forceinline__ uint32_t set_among(const uint4& flags) {
+    const auto of_word = [](uint32_t word) { return __vsetne4(word, 0) * 0x10204080u >> 28; };
+    return of_word(flags.x) | of_word(flags.y) << 4 | of_word(flags.z) << 8 | of_word(flags.w) << 12;
+}
+
+// kThreads threads with a barrier of their own collect the flagged columns: their number, and a list of the first. Each
+// looks at a run of flags, whose loads do not wait for one another.
+template <int kThreads, int kMost>
+struct OutlierList {
+    int columns[kMost];  // ascending
+    int before[kThreads / 32];
+
+    // The list may be read when this returns.
+    __device__ __forceinline__ int collect(const uint8_t* flags, int64_t K, int thread, int barrier) {
+        const int64_t each = (K + kThreads * kVector - 1) / (kThreads * kVector) * kVector;
+        const int64_t begin = min(thread * each, K), end = min(begin + each, K);
+        int mine = 0;
+        visit(flags, begin, end, [&](int64_t, uint32_t set) { mine += __popc(set); });
+        int upto = mine;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int other = __shfl_up_sync(~0u, upto, step);
+            if (thread % 32 >= step) upto += other;
+        }
+        if (thread % 32 == 31) before[thread / 32] = upto;
+        synchronize_threads(barrier, kThreads);
+        int position = upto - mine, all = 0;
+        for (int w = 0; w < kThreads / 32; ++w) {
+            if (w < thread / 32) position += before[w];
+            all += before[w];
+        }
+        if (all == 0) return 0;
+        if (mine > 0 && position < kMost) {
+            visit(flags, begin, end, [&](int64_t first, uint32_t set) {
+                for (; set && position < kMost; set &= set - 1) {
+                    columns[position++] = static_cast<int>(first) + __ffs(set) - 1;
+                }
+            });
+        }
+        synchronize_threads(barrier, kThreads);
+        return all;
+    }
+
+  private:
+    static constexpr int kVector = 16;
+
+    // Call body with where each 16 flags begin, and which of them are set.
+    template <class Body>
+    __device__ __forceinline__ static void visit(const uint8_t* flags, int64_t begin, int64_t end, Body&& body) {
+        if (reinterpret_cast<uintptr_t>(flags) % kVector == 0) {
+#pragma unroll 4
+            for (; begin + kVector <= end; begin += kVector) {
+                body(begin, set_among(*reinterpret_cast<const uint4*>(flags + begin)));
+            }
+        }
+        for (; begin < end; ++begin) body(begin, flags[begin] != 0);
+    }
+};
+
+// The same of a chunk, one after the other, where all are wanted.
 template <int kThreads>
 struct OutlierChunk {
     static constexpr int kFlags = 8;  // that a thread looks at

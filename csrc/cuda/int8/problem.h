@@ -25,7 +25,8 @@ struct Int8Product {
     // With outlier_cols [K], what flagged columns lack is added, as int8_add_outliers does.
     const uint8_t* outlier_cols;
     const void* values;  // that A was quantized from, of dtype
-    // Null, or the first of these columns: what is left of A, and their weights (see int8_gather_outliers.cu).
+    // Null, or how many they are, and of the first what is left of A and their weights (see int8_gather_outliers.cu).
+    const int* outlier_count;
     const void* gathered_values;
     const void* gathered_weights;
 };
@@ -45,6 +46,7 @@ struct Int8Workspace {
         codes = reinterpret_cast<int8_t*>(take(M * K));
         row_stats = reinterpret_cast<float*>(take(M * 4));
         if (!outliers || M <= kFewTokens) return;
+        outlier_count = reinterpret_cast<int*>(take(sizeof(int)));
         gathered_values = take(M * kGatheredOutliers * 2);
         gathered_weights = take(N * kGatheredOutliers * 2);
     }
@@ -52,6 +54,7 @@ struct Int8Workspace {
     int64_t bytes = 0;
     int8_t* codes = nullptr;
     float* row_stats = nullptr;
+    int* outlier_count = nullptr;
     void* gathered_values = nullptr;
     void* gathered_weights = nullptr;
 };

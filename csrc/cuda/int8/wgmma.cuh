@@ -45,7 +45,7 @@ struct Int8Shape {
     static constexpr int kBatch = (kTokens + kRows) * kOutliersAtOnce * 2;
     static constexpr int kOutliers = kBatch + sizeof(OutlierChunk<kConsumers>);
     static constexpr int kCount = 32;  // bytes: the number of outlier columns, two barriers
-    static constexpr int kFirstOutliers = kBatch + kCount + sizeof(OutlierChunk<kGatherers>);
+    static constexpr int kFirstOutliers = kBatch + kCount + sizeof(OutlierList<kGatherers, kOutliersAtOnce>);
     // Adding up comes first, then outliers, then turning, all in one place.
     static constexpr int kResults = std::max({kSums, kOutliers, kConsumers / 128 * kTurned * kTurnedRow});
     static constexpr int kStats = kTokens * 4;
@@ -246,7 +246,7 @@ class Int8Results {
             synchronize_threads(1, Shape::kConsumers);
         };
         int done = kOutliersAtOnce;
-        if (p_.gathered_values) {
+        if (p_.outlier_count) {
             for (; done < outliers_ && done < kGatheredOutliers; done += kOutliersAtOnce) {
                 batch.template copy<Shape::kConsumers>(p_, done / kOutliersAtOnce, m, tokens, row_, kRows, thread);
                 add();
@@ -311,6 +311,9 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
     // Between those who gather outliers and those who add them: gathered, and added.
     const uint32_t outliers_full = shared_address(outliers) + Shape::kBatch + 8, outliers_empty = outliers_full + 8;
     const bool has_outliers = sizeof(T) == 2 && p.outlier_cols != nullptr;
+    // The kernel that gathers outliers has let this one start when quantization had ended: only they must be waited
+    // for.
+    const bool gathered = has_outliers && p.outlier_count != nullptr;
 
     const int parts = work.parts, part = parts > 1 ? cluster_rank() : 0;
     const int first_tile = blockIdx.x / parts, step = gridDim.x / parts;
@@ -344,7 +347,7 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
                 const Int8Tile tile = tile_of(work, first_tile);
                 for (; early < kStages && k_begin + early < k_end; ++early) copy_weights(early, k_begin + early, tile);
             }
-            wait_for_predecessor();
+            if (!gathered) wait_for_predecessor();
             int s = 0, round = 0;
             for (int i = first_tile; i < tiles; i += step) {
                 const Int8Tile tile = tile_of(work, i);
@@ -365,24 +368,19 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
         if constexpr (sizeof(T) == 2) {
             const int thread = threadIdx.x - kConsumers - 32;
             if (thread >= 0 && has_outliers) {
-                using Chunk = OutlierChunk<Shape::kGatherers>;
-                Chunk& chunk = *reinterpret_cast<Chunk*>(outliers + Shape::kBatch + Shape::kCount);
+                using List = OutlierList<Shape::kGatherers, kOutliersAtOnce>;
+                List& list = *reinterpret_cast<List*>(outliers + Shape::kBatch + Shape::kCount);
                 wait_for_predecessor();
                 const int column = thread % kOutliersAtOnce;
                 uint32_t phase = 1;  // of a barrier that nobody has to wait for yet
-                int count = 0;
-                int64_t k = 0;
-                for (int64_t start = 0; start < p.K; start += Chunk::kColumns) {
-                    const int found = chunk.collect(p.outlier_cols, start, p.K, thread, 4);
-                    if (column >= count && column < count + found) k = start + chunk.columns[column - count];
-                    count += found;
-                }
+                const int count = gathered ? *p.outlier_count : list.collect(p.outlier_cols, p.K, thread, 4);
+                const int64_t k = !gathered && column < count ? list.columns[column] : 0;
                 if (thread == 0) outlier_count = count;
                 for (int i = first_tile; i < tiles; i += step) {
                     const Int8Tile tile = tile_of(work, i);
                     wait_for_barrier(outliers_empty, phase);
                     phase ^= 1;
-                    if (count > 0 && p.gathered_values) {
+                    if (count > 0 && gathered) {
                         first_outliers.template copy<Shape::kGatherers>(
                             p, 0, int64_t(tile.token) * kTokens, kTokens, int64_t(tile.row) * kRows, kRows, thread);
                     } else if (count > 0) {
@@ -400,7 +398,7 @@ __global__ void __launch_bounds__(Int8Shape<kRows, kTokens>::kThreads, Int8Shape
     }
 
     if constexpr (Shape::kMoveRegisters) acquire_registers<208>();
-    wait_for_predecessor();
+    if (!gathered) wait_for_predecessor();
     const int half = threadIdx.x / 128;
     int s = 0;
     uint32_t phase = 0, outliers_phase = 0;

@@ -45,7 +45,7 @@ def vectorwise_quant(
 ) -> None:
     rows, cols = shape
     A = activations(rng, rows, cols, min(cols, 3) if limit else 0, dtype)
-    flags = gpu.put(np.zeros(cols, np.uint8), rng.integers(3))
+    flags = gpu.room(cols, np.uint8, rng.integers(3))
     out, stats = gpu.room(shape, np.int8, shift), gpu.room(rows, np.float32, rng.integers(2))
     gpu.call(
         "bnb_cuda_int8_vectorwise_quant",
