@@ -308,6 +308,7 @@ BNB_API bnb_status bnb_cpu_round_to_bfloat16(
 
 BNB_API bool bnb_cpu_has_avx512f(void);
 BNB_API bool bnb_cpu_has_avx512bf16(void);
+BNB_API bool bnb_cpu_is_intel(void);
 
 /* out = x @ W.T in bfloat16, W in tiles of 32 rows: the codes of rows r and columns k, k + 1 in the order 2 * r + k % 2,
  * code i of the first 32 in the low and code 32 + i in the high nibble of byte i. absmax is bfloat16 [K / blocksize, N].

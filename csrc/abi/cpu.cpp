@@ -299,6 +299,14 @@ bool bnb_cpu_has_avx512bf16(void) {
 #endif
 }
 
+bool bnb_cpu_is_intel(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 bnb_status bnb_cpu_gemm_4bit_tiled(
     const void* x, const uint8_t* tiles, const void* absmax, bnb_format format, void* out, int64_t M, int64_t N,
     int64_t K, int64_t blocksize, int64_t x_stride, int64_t out_stride, int32_t threads) {

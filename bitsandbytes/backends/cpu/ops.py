@@ -7,14 +7,14 @@ and dequantized values are the default backend's bit for bit; matrix products ac
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..._formats.packing import as_bytes
 from ..._formats.table import BLOCKSIZES, FLOAT_DTYPES, FORMATS, NESTED_BLOCKSIZE, STORAGE_DTYPES
-from ..._native import DTYPE_ID, FORMAT_ID, has_avx512bf16, has_native, lib, ptr, threads
+from ..._native import DTYPE_ID, FORMAT_ID, has_native, lib, ptr, threads
 from ..._operator import PLAIN_TENSORS
 from ..._ops import (
     dequantize_4bit,
@@ -26,6 +26,7 @@ from ..._ops import (
     quantize_blockwise,
 )
 from ..default.ops import expanded, linear_into
+from .plan import LEAST_DENSE_ROWS, dense_rows_here
 from .registration import native_kernel as _native_kernel
 
 __all__: list[str] = []
@@ -35,7 +36,9 @@ _CODE = {
     name: torch.tensor(format.values, dtype=torch.float32, device="cpu") for name, format in FORMATS.items()
 }
 
-_PANEL_BYTES = 2 << 20  # of decoded weight at a time: stays in the cache, and its memory is touched once
+# Decoded weights at a time: few enough to stay in the cache and to touch their memory once, and enough for torch's product
+# to come within some percent of that of the whole weight.
+_PANEL_VALUES = 1 << 20
 
 
 @_native_kernel(quantize_4bit, "bnb_cpu_quantize_4bit")
@@ -82,24 +85,6 @@ def _(A, absmax, code, blocksize, dtype, out):
     lib.bnb_cpu_dequantize_blockwise(
         ptr(code), ptr(A), ptr(absmax), ptr(out), DTYPE_ID[dtype], out.numel(), blocksize, threads()
     )
-
-
-_LEAST_DENSE_ROWS = 12  # up to here nothing has to be asked
-
-
-@cache
-def _dense_rows(dtype: torch.dtype, tiled: bool) -> float:
-    """From how many rows on torch's product with the decoded weight beats ours: benchmarking/bench_cpu.py.
-
-    Only where torch multiplies bfloat16 with instructions that our kernels do not use: AMX where blocks do not hold a
-    multiple of 64 codes of a row (not ``tiled``), or whatever this machine has when another instruction set is forced.
-    """
-    if dtype is not torch.bfloat16:
-        return math.inf
-    isa = lib.bnb_cpu_isa()
-    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return math.inf if tiled and isa == b"avx512amx" else 32
-    return _LEAST_DENSE_ROWS if has_avx512bf16() and isa not in (b"avx512amx", b"avx512bf16") else math.inf
 
 
 def _multiply(
@@ -150,22 +135,19 @@ def _contiguous(nested: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return absmax_8bit.contiguous(), code.contiguous(), offset.float()
 
 
-def _panel_rows(N: int, K: int, blocksize: int, itemsize: int) -> int:
-    """How many weight rows to decode at a time: about a panel's bytes, starting on a block and on a byte."""
+def _panel_rows(N: int, K: int, blocksize: int) -> int:
+    """How many weight rows to decode at a time: about a panel, starting on a block and on a byte."""
     step = max(blocksize, 2) // math.gcd(max(blocksize, 2), K)
-    return min(N, max(1, _PANEL_BYTES // max(1, K * itemsize * step)) * step)
+    return max(1, min(N, max(1, _PANEL_VALUES // max(1, K * step)) * step))
 
 
-def _decode_and_multiply(
-    A: Tensor, B: Tensor, shapeB, absmax: Tensor, quant_type: str, blocksize: int, bias, out: Tensor
-) -> None:
-    """The product with the weight decoded panel by panel into one buffer; never all of it at once."""
+def _decoded_panels(
+    B: Tensor, shapeB, absmax: Tensor, blocksize: int, quant_type: str, dtype: torch.dtype, step: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """``step`` rows of the weight after another, all in one buffer."""
     N, K = shapeB
-    count = A.shape[:-1].numel()
-    rows, columns = A.reshape(count, K), out.view(count, N)
     packed, absmax = as_bytes(B), absmax.reshape(-1)
-    step = _panel_rows(N, K, blocksize, A.element_size())
-    buffer = torch.empty((step, K), dtype=A.dtype)
+    buffer = torch.empty((step, K), dtype=dtype)
     for start in range(0, N, step):
         stop = min(N, start + step)
         panel = buffer[: stop - start]
@@ -175,17 +157,42 @@ def _decode_and_multiply(
             blocksize,
             quant_type,
             panel.shape,
-            A.dtype,
+            dtype,
             panel,
         )
-        linear_into(rows, panel, None if bias is None else bias[start:stop], columns[:, start:stop])
+        yield slice(start, stop), panel
+
+
+def _decode_and_multiply(
+    A: Tensor, B: Tensor, shapeB, absmax: Tensor, quant_type: str, blocksize: int, bias, out: Tensor
+) -> None:
+    """The product with the weight decoded panel by panel; never all of it at once."""
+    N, K = shapeB
+    count = A.shape[:-1].numel()
+    rows, columns = A.reshape(count, K), out.view(count, N)
+    step = _panel_rows(N, K, blocksize)
+    for part, panel in _decoded_panels(B, shapeB, absmax, blocksize, quant_type, A.dtype, step):
+        linear_into(rows, panel, None if bias is None else bias[part], columns[:, part])
+
+
+def _decode_and_multiply_transposed(
+    A: Tensor, B: Tensor, shapeB, absmax: Tensor, quant_type: str, blocksize: int, out: Tensor
+) -> None:
+    """The product with the transposed weight. Sums of 16 bits would be rounded after each panel, so they get one."""
+    N, K = shapeB
+    count = A.shape[:-1].numel()
+    rows, sums = A.detach().reshape(count, N), out.view(count, K)
+    step = _panel_rows(N, K, blocksize) if A.dtype is torch.float32 else max(1, N)
+    sums.zero_()
+    for part, panel in _decoded_panels(B, shapeB, absmax, blocksize, quant_type, A.dtype, step):
+        torch.addmm(sums, rows[:, part], panel, out=sums)  # in place, which autocast leaves alone
 
 
 @_native_kernel(gemm_4bit, "bnb_cpu_gemm_4bit")
 def _(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset, out):
     K = shapeB[1]
-    few = A.numel() < _LEAST_DENSE_ROWS * K
-    if not few and A.shape[:-1].numel() >= _dense_rows(A.dtype, (K | blocksize) % 64 == 0):
+    few = A.numel() < LEAST_DENSE_ROWS * K
+    if not few and A.shape[:-1].numel() >= dense_rows_here(A.dtype, (K | blocksize) % 64 == 0):
         if absmax_8bit is not None:
             absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
         _decode_and_multiply(A, B, shapeB, absmax, quant_type, blocksize, bias, out)
@@ -215,7 +222,7 @@ def _multiply_small(
     ):
         return None
     N, K = shapeB
-    if not shape or shape[-1] != K or not 0 < A.numel() < _LEAST_DENSE_ROWS * K:
+    if not shape or shape[-1] != K or not 0 < A.numel() < LEAST_DENSE_ROWS * K:
         return None
     if B.dtype not in STORAGE_DTYPES or B.numel() * B.element_size() < (N * K + 1) // 2:
         return None
@@ -251,11 +258,10 @@ def _(A, B, shapeB, absmax, code, blocksize, out):
 @_native_kernel(gemm_4bit_transposed, "bnb_cpu_gemm_4bit_transposed")
 def _(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, out):
     rows, (N, K) = A.shape[:-1].numel(), shapeB
-    if rows >= _dense_rows(A.dtype, (K | blocksize) % 64 == 0):
+    if rows >= dense_rows_here(A.dtype, (K | blocksize) % 64 == 0):
         if absmax_8bit is not None:
             absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
-        weight = dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype)
-        linear_into(A.reshape(rows, N), weight.t(), None, out.view(rows, K))
+        _decode_and_multiply_transposed(A, B, shapeB, absmax, quant_type, blocksize, out)
         return
     A, B, absmax = A.contiguous(), B.contiguous(), absmax.contiguous()
     absmax_8bit, absmax_code, absmax_offset = _contiguous((absmax_8bit, absmax_code, absmax_offset))
