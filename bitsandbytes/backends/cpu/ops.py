@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..._formats.packing import as_bytes
-from ..._formats.table import BLOCKSIZES, FLOAT_DTYPES, FORMATS, NESTED_BLOCKSIZE, STORAGE_DTYPES
-from ..._native import DTYPE_ID, FORMAT_ID, has_native, lib, ptr, threads
+from ..._formats.table import BLOCKSIZES, FORMATS, NESTED_BLOCKSIZE, STORAGE_DTYPES
+from ..._native import ABI, DTYPE_ID, FORMAT_ID, has_native, lib, ptr, threads
 from ..._operator import PLAIN_TENSORS
 from ..._ops import (
     dequantize_4bit,
@@ -35,6 +35,7 @@ __all__: list[str] = []
 _CODE = {
     name: torch.tensor(format.values, dtype=torch.float32, device="cpu") for name, format in FORMATS.items()
 }
+_CODE_ADDRESS = {name: code.data_ptr() for name, code in _CODE.items()}
 
 # Decoded weights at a time: few enough to stay in the cache and to touch their memory once, and enough for torch's product
 # to come within some percent of that of the whole weight.
@@ -100,31 +101,26 @@ def _multiply(
     absmax_offset,
     out: Tensor,
 ) -> None:
-    """A call of a small layer is mostly this function, so it calls no other of ours."""
     A, B, absmax = A.contiguous(), B.contiguous(), absmax.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    if absmax_8bit is not None:
-        absmax_8bit, absmax_code = absmax_8bit.contiguous(), absmax_code.contiguous()
-        if absmax_offset.dtype is not torch.float32:
-            absmax_offset = absmax_offset.float()
+    bias = None if bias is None else bias.contiguous()
+    absmax_8bit, absmax_code, absmax_offset = _contiguous((absmax_8bit, absmax_code, absmax_offset))
     N, K = shapeB
     lib.bnb_cpu_gemm_4bit(
-        A.data_ptr(),
+        ptr(A),
         DTYPE_ID[A.dtype],
-        B.data_ptr(),
-        absmax.data_ptr(),
-        None if absmax_8bit is None else absmax_8bit.data_ptr(),
-        None if absmax_code is None else absmax_code.data_ptr(),
-        None if absmax_offset is None else absmax_offset.data_ptr(),
-        code.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        A.numel() // K if K else A.shape[:-1].numel(),
+        ptr(B),
+        ptr(absmax),
+        ptr(absmax_8bit),
+        ptr(absmax_code),
+        ptr(absmax_offset),
+        ptr(code),
+        ptr(bias),
+        ptr(out),
+        A.shape[:-1].numel(),
         N,
         K,
         blocksize,
-        torch.get_num_threads(),
+        threads(),
     )
 
 
@@ -206,47 +202,57 @@ def _multiply_small(
 ) -> Tensor | None:
     """``gemm_4bit`` of few rows, as :meth:`Operator.shortcut` wants it; the conditions are those of its checks.
 
-    Frames are what a small layer's call consists of: a third of its time without this function.
+    A small layer's call consists of frames, questions to tensors and arguments of native functions: of each the fewest.
     """
-    for tensor in (A, B, absmax, bias, absmax_8bit, absmax_code, absmax_offset):
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN_TENSORS or not tensor.is_cpu or tensor.is_neg():
+    if type(A) not in PLAIN_TENSORS or not A.is_contiguous() or A.is_neg():
+        return None
+    for tensor in (B, absmax, bias, absmax_8bit, absmax_code, absmax_offset):
+        if tensor is not None and (
+            type(tensor) not in PLAIN_TENSORS
+            or not tensor.is_cpu
+            or not tensor.is_contiguous()
+            or tensor.is_neg()
+        ):
             return None
-    shape, dtype = list(A.shape), A.dtype
-    if (
-        dtype not in FLOAT_DTYPES
-        or blocksize not in BLOCKSIZES
-        or quant_type not in FORMATS
-        or len(shapeB) != 2
-    ):
+    dtype, shape, values, code = A.dtype, [*A.shape], A.numel(), _CODE_ADDRESS.get(quant_type)
+    if code is None or dtype not in DTYPE_ID or blocksize not in BLOCKSIZES or len(shapeB) != 2:
         return None
     N, K = shapeB
-    if not shape or shape[-1] != K or not 0 < A.numel() < LEAST_DENSE_ROWS * K:
+    if not shape or shape[-1] != K or not 0 < values < LEAST_DENSE_ROWS * K:
         return None
-    if B.dtype not in STORAGE_DTYPES or B.numel() * B.element_size() < (N * K + 1) // 2:
+    if B.dtype not in STORAGE_DTYPES or B.nbytes < (N * K + 1) // 2:
         return None
     scales = -(N * K // -blocksize)
+    codes = table = offset = 0
     if absmax_8bit is not None:
         if absmax_8bit.dtype is not torch.uint8 or absmax_8bit.dim() != 1 or absmax_8bit.numel() < scales:
             return None
         if absmax_code is None or absmax_code.dtype is not torch.float32 or absmax_code.numel() != 256:
             return None
-        if absmax_offset is None or absmax_offset.numel() != 1:
+        if absmax_offset is None or absmax_offset.dtype is not torch.float32 or absmax_offset.numel() != 1:
             return None
         scales = -(scales // -NESTED_BLOCKSIZE)
+        codes, table, offset = absmax_8bit.data_ptr(), absmax_code.data_ptr(), absmax_offset.data_ptr()
     if absmax.dtype is not torch.float32 or absmax.numel() < scales:
         return None
-    if bias is not None and (bias.dtype is not dtype or bias.dim() != 1 or bias.numel() != N):
-        return None
+    added = 0
+    if bias is not None:
+        if bias.dtype is not dtype or bias.dim() != 1 or bias.numel() != N:
+            return None
+        added = bias.data_ptr()
     shape[-1] = N
     out = A.new_empty(*shape)  # sizes one by one are parsed sooner
-    code = _CODE[quant_type]
-    _multiply(A, B, shapeB, absmax, code, blocksize, bias, absmax_8bit, absmax_code, absmax_offset, out)
+    lib.bnb_cpu_gemm_4bit_with(
+        _arguments(
+            A.data_ptr(), DTYPE_ID[dtype], B.data_ptr(), absmax.data_ptr(), codes, table, offset, code, added,
+            out.data_ptr(), values // K, N, K, blocksize, torch.get_num_threads(),
+        )
+    )  # fmt: skip
     return out
 
 
-if has_native("bnb_cpu_gemm_4bit"):
+if ABI and has_native("bnb_cpu_gemm_4bit_with"):
+    _arguments = ABI.packer("bnb_gemm_4bit_arguments")
     gemm_4bit.shortcut(_multiply_small)
 
 
