@@ -37,8 +37,8 @@ PLAIN_TENSORS: set[type] = {Tensor, torch.nn.Parameter}
 _FOREIGN_KERNELS: set[str] | None = getattr(torch.library, "_impls", None)
 
 
-def _observers() -> tuple[Callable[[], Any], ...] | None:
-    """Questions that are all answered by something false when nobody watches operators; None if torch lacks one."""
+def _observers() -> tuple[Callable[[], Any], ...]:
+    """Questions that are all answered by something false when nobody watches operators; never, if torch lacks one."""
     questions = (
         (torch._C, "_len_torch_dispatch_stack"),  # tracing, fake tensors, counting
         (torch._C, "_len_torch_function_stack"),  # overridden functions, a default device
@@ -47,11 +47,15 @@ def _observers() -> tuple[Callable[[], Any], ...] | None:
         (torch.autograd, "_profiler_enabled"),  # operators have names in a profile
     )
     if _FOREIGN_KERNELS is None or not all(hasattr(owner, name) for owner, name in questions):
-        return None
+        return tuple(lambda: True for _ in questions)
     return tuple(getattr(owner, name) for owner, name in questions)
 
 
-_OBSERVERS = _observers()
+# Found once, since a call of a small layer is mostly look-ups. A subclass pays two microseconds for each attribute
+# unless its functions are disabled.
+_modes, _functions, _tracing, _transforms, _profiling = _observers()
+_is_compiling, _records_gradients = torch.compiler.is_compiling, torch.is_grad_enabled
+_without_functions = torch._C.DisableTorchFunctionSubclass
 
 
 def plain_parameter(cls: type) -> type:
@@ -62,10 +66,7 @@ def plain_parameter(cls: type) -> type:
 
 def _unobserved() -> bool:
     """Whether nobody would see that a call did not go through torch's dispatcher."""
-    if _OBSERVERS is None:
-        return False
-    modes, functions, tracing, transforms, profiling = _OBSERVERS
-    return not (modes() or functions() or tracing() or transforms() or profiling())
+    return not (_modes() or _functions() or _tracing() or _transforms() or _profiling())
 
 
 def _plain(values: Sequence[Any], grad: bool) -> bool:
@@ -148,17 +149,16 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """``torch.ops.bitsandbytes.<name>(*args)``, past torch's dispatcher where that makes no difference."""
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self._packet(*args)
-        with (
-            torch._C.DisableTorchFunctionSubclass()
-        ):  # a subclass pays a microsecond for each attribute otherwise
+        with _without_functions():
             if (
                 self._shortcut is not None
                 and len(args) == self._arity
                 and getattr(args[self._position_of_tensor], "is_cpu", False)
-                and not torch.is_grad_enabled()
-                and _unobserved()
+                and not _records_gradients()
+                # As _unobserved, less a frame.
+                and not (_modes() or _functions() or _tracing() or _transforms() or _profiling())
                 and self._cpu_name not in _FOREIGN_KERNELS  # type: ignore[operator]
                 and (result := self._shortcut(*args)) is not None
             ):
@@ -170,9 +170,9 @@ class Operator:
 
     def call_knowing(self, plain: Collection[int], *args: Any) -> Any:
         """As a call; of the lists at the positions ``plain`` it is known that :func:`all_plain` holds without grad."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if _is_compiling() or _records_gradients():
             return self(*args)
-        with torch._C.DisableTorchFunctionSubclass():
+        with _without_functions():
             direct = self._direct_kernel(args, [i for i in self._tensor_positions if i not in plain])
             if direct is not None:
                 return direct(*args)
@@ -185,7 +185,7 @@ class Operator:
         if len(args) < self._arity:
             args = self._complete(args)
         tensors = self._tensors(args) if unknown is None else [args[i] for i in unknown]
-        if not _plain(tensors, torch.is_grad_enabled()):
+        if not _plain(tensors, _records_gradients()):
             return None
         first = args[self._position_of_tensor]
         device = "cpu" if first.is_cpu else first.device.type  # an attribute is quicker than a device object
@@ -208,7 +208,8 @@ class Operator:
         """Register what does a whole call on the CPU, of all arguments: check, allocate and fill, in few frames.
 
         It returns None unless tensors are of ``PLAIN_TENSORS``, none is lazily negative, and ``check`` would pass; then
-        the call goes the long way, which knows what to raise. Asked only where no gradient is recorded.
+        the call goes the long way, which knows what to raise. Asked only where no gradient is recorded and the first
+        tensor is on the CPU.
         """
         self._shortcut = take
         return take

@@ -129,6 +129,41 @@ typedef struct bnb_optimizer_tensor {
     int64_t key;     /* of this step's dice, which bnb_cuda_optimizer_begin writes; negative: round to nearest */
 } bnb_optimizer_tensor;
 
+/* What bnb_cpu_gemm_4bit and bnb_cpu_int8_linear take, as one argument: ctypes needs a microsecond more for a dozen. */
+typedef struct bnb_gemm_4bit_arguments {
+    const void* A;
+    bnb_dtype dtype;
+    const uint8_t* packed;
+    const float* absmax;
+    const uint8_t* absmax_8bit;
+    const float* absmax_code;
+    const float* absmax_offset;
+    const float* code;
+    const void* bias;
+    void* out;
+    int64_t M;
+    int64_t N;
+    int64_t K;
+    int64_t blocksize;
+    int32_t threads;
+} bnb_gemm_4bit_arguments;
+
+typedef struct bnb_int8_linear_arguments {
+    const void* A;
+    bnb_dtype dtype;
+    const int8_t* B;
+    const float* col_stats;
+    const void* bias;
+    bnb_dtype bias_dtype;
+    void* out;
+    uint8_t* outlier_cols;
+    int64_t M;
+    int64_t N;
+    int64_t K;
+    float threshold;
+    int32_t threads;
+} bnb_int8_linear_arguments;
+
 /* A CUDA stream; null is the default stream. */
 typedef void* bnb_stream;
 
@@ -178,6 +213,8 @@ BNB_API bnb_status bnb_cpu_gemm_4bit(
     const float* absmax_code, const float* absmax_offset, const float* code, const void* bias,
     void* out,
     int64_t M, int64_t N, int64_t K, int64_t blocksize, int32_t threads);
+
+BNB_API bnb_status bnb_cpu_gemm_4bit_with(const bnb_gemm_4bit_arguments* arguments);
 
 /* y = A @ W of the same weight: A is [M, N], out is [M, K]. The gradient of the activations. */
 BNB_API bnb_status bnb_cpu_gemm_4bit_transposed(
@@ -267,6 +304,8 @@ BNB_API bnb_status bnb_cpu_int8_linear(
     void* out, uint8_t* outlier_cols,
     int64_t M, int64_t N, int64_t K, float threshold, int32_t threads);
 
+BNB_API bnb_status bnb_cpu_int8_linear_with(const bnb_int8_linear_arguments* arguments);
+
 /* Instruction set of the int8 kernels: that of the others, or "avx512vnni". */
 BNB_API const char* bnb_cpu_int8_isa(void);
 
@@ -308,6 +347,7 @@ BNB_API bnb_status bnb_cpu_round_to_bfloat16(
 
 BNB_API bool bnb_cpu_has_avx512f(void);
 BNB_API bool bnb_cpu_has_avx512bf16(void);
+BNB_API bool bnb_cpu_is_intel(void);
 
 /* out = x @ W.T in bfloat16, W in tiles of 32 rows: the codes of rows r and columns k, k + 1 in the order 2 * r + k % 2,
  * code i of the first 32 in the low and code 32 + i in the high nibble of byte i. absmax is bfloat16 [K / blocksize, N].

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import struct
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
@@ -68,6 +69,14 @@ class Abi:
         if prototype.returns_status:
             function.errcheck = check
         return function
+
+    def packer(self, name: str) -> Callable[..., bytes]:
+        """Makes the bytes of a struct from its fields, null pointers as 0: sooner than ctypes converts one argument."""
+        kind = self.structs[name]
+        fields: Any = kind._fields_
+        codes = "@" + "".join(field._type_ for _, field in fields)  # ctypes names types as `struct` does
+        padding = ctypes.sizeof(kind) - struct.calcsize(codes)
+        return struct.Struct(f"{codes}{padding}x").pack
 
     def _type(self, text: str) -> Any:
         text = text.replace("const ", "").strip()

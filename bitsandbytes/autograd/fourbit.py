@@ -89,25 +89,27 @@ def _gemm(A: Tensor, B: Tensor, bias: Tensor | None, quant_state: QuantState) ->
     if A.numel() == 0 and A.dim() > 0 and A.shape[-1] == shape[1]:
         product = A.new_zeros((*A.shape[:-1], shape[0]))
         return product if bias is None else product + bias
-    absmax, absmax_8bit, code, offset = _statistics(quant_state)
+    absmax, absmax_8bit, code, offset = quant_state.absmax, None, None, None
+    if quant_state.nested or absmax.dtype is not torch.float32:
+        absmax, absmax_8bit, code, offset = _statistics(quant_state)
     blocksize, quant_type = quant_state.blocksize, quant_state.quant_type
     return gemm_4bit(A, B, shape, absmax, blocksize, quant_type, bias, absmax_8bit, code, offset)
 
 
 def _statistics(quant_state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """``absmax, absmax_8bit, absmax_code, absmax_offset``; only nested statistics have the last three."""
+    absmax = quant_state.absmax
     if not quant_state.nested:
-        return _float32(quant_state.absmax), None, None, None
+        return absmax if absmax.dtype is torch.float32 else absmax.float(), None, None, None
     second = quant_state.state2
     if second.blocksize != NESTED_BLOCKSIZE:
         raise NotImplementedError(
             f"quant_state.state2.blocksize must be {NESTED_BLOCKSIZE} for a matmul, got {second.blocksize}"
         )
-    return _float32(second.absmax), quant_state.absmax, _float32(second.code), quant_state.offset
-
-
-def _float32(statistics: Tensor) -> Tensor:
-    return statistics if statistics.dtype is torch.float32 else statistics.float()
+    scales, code = second.absmax, second.code
+    if scales.dtype is not torch.float32 or code.dtype is not torch.float32:
+        scales, code = scales.float(), code.float()
+    return scales, absmax, code, quant_state.offset
 
 
 def _decoded(B: Tensor, quant_state: QuantState) -> Tensor:

@@ -162,6 +162,13 @@ bnb_status bnb_cpu_gemm_4bit(
     });
 }
 
+bnb_status bnb_cpu_gemm_4bit_with(const bnb_gemm_4bit_arguments* a) {
+    if (!a) return guarded("bnb_cpu_gemm_4bit_with", [] { require(false, "null pointer for the arguments"); });
+    return bnb_cpu_gemm_4bit(
+        a->A, a->dtype, a->packed, a->absmax, a->absmax_8bit, a->absmax_code, a->absmax_offset, a->code, a->bias,
+        a->out, a->M, a->N, a->K, a->blocksize, a->threads);
+}
+
 bnb_status bnb_cpu_gemm_4bit_transposed(
     const void* A, bnb_dtype dtype, const uint8_t* packed, const float* absmax, const uint8_t* absmax_8bit,
     const float* absmax_code, const float* absmax_offset, const float* code, void* out, int64_t M, int64_t N, int64_t K,
@@ -294,6 +301,14 @@ bool bnb_cpu_has_avx512f(void) {
 bool bnb_cpu_has_avx512bf16(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
     return __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+bool bnb_cpu_is_intel(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_is("intel");
 #else
     return false;
 #endif

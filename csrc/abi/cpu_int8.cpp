@@ -156,4 +156,11 @@ bnb_status bnb_cpu_int8_linear(
     });
 }
 
+bnb_status bnb_cpu_int8_linear_with(const bnb_int8_linear_arguments* a) {
+    if (!a) return guarded("bnb_cpu_int8_linear_with", [] { require(false, "null pointer for the arguments"); });
+    return bnb_cpu_int8_linear(
+        a->A, a->dtype, a->B, a->col_stats, a->bias, a->bias_dtype, a->out, a->outlier_cols, a->M, a->N, a->K,
+        a->threshold, a->threads);
+}
+
 }  // extern "C"

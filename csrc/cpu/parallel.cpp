@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <exception>
 #include <mutex>
@@ -30,7 +31,7 @@ namespace bnb {
 namespace {
 
 constexpr int32_t kMaxThreads = 256;
-constexpr std::align_val_t kCacheLine{64};
+constexpr size_t kCacheLine = 64;
 
 int process_id() {
 #if defined(_WIN32)
@@ -147,8 +148,16 @@ void run_tasks(int64_t count, int32_t threads, void (*task)(void*, int64_t), voi
     if (job.failure) std::rethrow_exception(job.failure);
 }
 
-Scratch::Scratch(size_t bytes) : memory_(::operator new(bytes, kCacheLine)) {}
+// Aligned by hand, the address of the whole before it: malloc keeps small blocks for the next call, aligned ones it
+// cuts and joins again each time.
+Scratch::Scratch(size_t bytes) {
+    void* const whole = ::operator new(bytes + kCacheLine);
+    const auto after = reinterpret_cast<uintptr_t>(whole) + kCacheLine;
+    void** const aligned = reinterpret_cast<void**>(after - after % kCacheLine);
+    aligned[-1] = whole;
+    memory_ = aligned;
+}
 
-Scratch::~Scratch() { ::operator delete(memory_, kCacheLine); }
+Scratch::~Scratch() { ::operator delete(static_cast<void**>(memory_)[-1]); }
 
 }  // namespace bnb

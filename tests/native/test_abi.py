@@ -74,6 +74,23 @@ def test_every_form_of_declaration_is_read(tmp_path):
     ]
 
 
+def test_a_packed_struct_is_that_of_ctypes(tmp_path):
+    fields = "bool flag; const float* values; int32_t count; double rate; uint8_t kind;"
+    line = f"typedef struct bnb_mixed {{ {fields} }} bnb_mixed;"
+    abi = parse(tmp_path, GOOD.replace("typedef void* bnb_stream;", f"typedef void* bnb_stream;\n{line}"))
+    given = (True, 2**40, -3, 0.5, 7)
+
+    packed = abi.packer("bnb_mixed")(*given)
+
+    assert packed == bytes(abi.structs["bnb_mixed"](*given))
+
+
+@pytest.mark.parametrize("name", ["bnb_cpu_gemm_4bit_with", "bnb_cpu_int8_linear_with"])
+def test_arguments_in_a_struct_are_checked(library, name):
+    with pytest.raises(ValueError, match="null pointer"):
+        getattr(library, name)(None)
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -15,25 +15,29 @@ import torch
 from torch import Tensor
 
 import bitsandbytes.optim as optim
-from bitsandbytes._formats.codebooks import create_dynamic_map
 from bitsandbytes._formats.rules import RULES
 from bitsandbytes._native import has_native
 from bitsandbytes._ops import OPERATORS
-from optim_cases import CASES, CLASSES, give_gradients, make, one_by_one, parameters, run_case
+from optim_cases import BLOCK, CASES, CLASSES, give_gradients, make, one_by_one, parameters, run_case
+from optim_updates import (
+    WITHOUT_ROOT,
+    State,
+    each_step,
+    fresh_8bit,
+    fresh_32bit,
+    gradients,
+    run,
+    step_8bit,
+    step_32bit,
+)
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_native("bnb_cuda_optimizer_update_many")),
     reason="needs a CUDA device and the library built for it",
 )
 
-BLOCK = 256
 LENGTHS = [1, 7, 255, 256, 257, 4096, 17_001]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WITHOUT_ROOT = (
-    "momentum",
-    "lion",
-)  # bit for bit; others take a root and a quotient, approximate with 8-bit state
-BETAS = {"beta1": 0.9, "beta2": 0.99, "beta3": 0.999}
 CLOSE = {torch.float32: (2e-6, 4e-6), torch.float16: (1e-4, 2e-3), torch.bfloat16: (1e-3, 1.6e-2)}
 FAMILIES = ["Adam", "AdamW", "AdEMAMix", "LAMB", "LARS", "SGD", "RMSprop", "Adagrad", "Lion"]
 
@@ -46,71 +50,15 @@ def golden_cuda(case: str) -> dict[str, Tensor]:
         return {key.removeprefix(f"{case}/"): torch.from_numpy(file[key]) for key in keys}
 
 
-def gradients(n: int, dtype: torch.dtype, steps: int = 4) -> list[Tensor]:
-    """Over many decades, with exact zeros, an element that is not finite, and one whose square is not."""
-    result = []
-    for _ in range(steps):
-        g = torch.randn(n) * torch.logspace(-6, 2, n)[torch.randperm(n)]
-        g[::5] = 0.0
-        if n > 300:
-            g[270], g[271] = float("inf"), float("nan")
-            g[272] = 1e30
-        result.append(g.to(dtype).cuda())
-    return result
-
-
-def run_32bit(
-    kernel: str, name: str, start: Tensor, grads: list[Tensor], **settings
-) -> dict[str, Tensor | None]:
-    rule, n = RULES[name], start.numel()
-    p, state1 = start.clone(), torch.zeros(rule.averages, n, device="cuda")
-    state2 = torch.zeros(n, device="cuda") if rule.states == 2 else None
-    unorm = torch.zeros(1, device="cuda")
-    options = {"max_unorm": 0.0, "param_norm": 0.0, "skip_zeros": False, **settings}
-    for step, g in enumerate(grads, start=1):
-        OPERATORS["optimizer_update_32bit"].run_with(
-            kernel, name, g, p, state1, state2, unorm, options["max_unorm"], options["param_norm"], *BETAS.values(),
-            2.0, 1e-8, 0.1, step, 1e-2, 0.5, options["skip_zeros"],
-        )  # fmt: skip
-    return {"p": p, "state1": state1, "state2": state2, "unorm": unorm}
-
-
-def run_8bit(
-    kernel: str,
-    name: str,
-    start: Tensor,
-    grads: list[Tensor],
-    skip_zeros: bool = False,
-    decay: float = 0.1,
-    scale: float = 0.5,
-) -> dict[str, Tensor | None]:
-    rule, n = RULES[name], start.numel()
-    two, blocks = rule.states == 2, -(n // -BLOCK)
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(*shape, dtype=dtype, device="cuda")
-
-    p, state1 = start.clone(), zeros(rule.averages, n, dtype=torch.uint8)
-    state2 = zeros(n, dtype=torch.uint8) if two else None
-    absmax1, absmax2 = zeros(rule.averages, blocks), zeros(blocks) if two else None
-    maps = create_dynamic_map(True).cuda(), create_dynamic_map(False).cuda() if two else None
-    for step, g in enumerate(grads, start=1):
-        OPERATORS["optimizer_update_8bit_blockwise"].run_with(
-            kernel, name, g, p, state1, state2, *BETAS.values(), 2.0, 1e-8, step, 1e-2, *maps, absmax1, absmax2,
-            decay, scale, skip_zeros,
-        )  # fmt: skip
-    return {"p": p, "state1": state1, "state2": state2, "absmax1": absmax1, "absmax2": absmax2}
-
-
-def assert_agree(ours: dict[str, Tensor | None], oracle: dict[str, Tensor | None], exact: bool) -> None:
+def assert_agree(name: str, ours: State, oracle: State) -> None:
+    """Bit for bit where no root is taken; others take a root and a quotient, approximate with 8-bit state."""
     codes_may_differ = oracle["state1"].dtype == torch.uint8
     for key, value in oracle.items():
         if value is None:
             assert ours[key] is None
-        elif exact:
+        elif name in WITHOUT_ROOT:
             torch.testing.assert_close(ours[key], value, atol=0.0, rtol=0.0, equal_nan=True)
         elif value.dtype == torch.uint8:
-            # Coupled decay feeds the parameter's last bit back into the state, where it may decide a code.
             differing = (ours[key].int() - value.int()).abs()
             assert differing.max() <= 1
             assert (differing > 0).float().mean() <= 1e-3
@@ -136,11 +84,12 @@ def waits_of(call) -> Counter:
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("name", RULES)
 def test_32bit_agrees_with_plain_torch(name, n, dtype, skip_zeros):
-    start, grads = torch.randn(n).to(dtype).cuda(), gradients(n, dtype)
+    start, grads = torch.randn(n).to(dtype).cuda(), gradients(n, dtype, "cuda")
 
-    ours, oracle = (run_32bit(k, name, start, grads, skip_zeros=skip_zeros) for k in ("cuda", "default"))
-
-    assert_agree(ours, oracle, name in WITHOUT_ROOT)
+    for _, ours, oracle in each_step(
+        step_32bit, "cuda", name, fresh_32bit(name, start), grads, skip_zeros=skip_zeros
+    ):
+        assert_agree(name, ours, oracle)
 
 
 @pytest.mark.parametrize("extras", ["plain", "scaled", "skip_zeros"])
@@ -149,30 +98,30 @@ def test_32bit_agrees_with_plain_torch(name, n, dtype, skip_zeros):
 @pytest.mark.parametrize("name", RULES)
 def test_8bit_agrees_with_plain_torch(name, n, dtype, extras):
     """A step without extras has a loop of its own, in which coupled decay is an extra."""
-    start, grads = torch.randn(n).to(dtype).cuda(), gradients(n, dtype)
+    start, grads = torch.randn(n).to(dtype).cuda(), gradients(n, dtype, "cuda")
     settings = (
         {"scale": 1.0, "decay": 0.0 if RULES[name].coupled_decay else 0.1}
         if extras == "plain"
         else {"skip_zeros": extras == "skip_zeros"}
     )
 
-    ours, oracle = (run_8bit(k, name, start, grads, **settings) for k in ("cuda", "default"))
-
-    assert_agree(ours, oracle, name in WITHOUT_ROOT)
-    if name in ("adam", "ademamix"):  # their state takes no root
-        for key in ("state1", "state2", "absmax1", "absmax2"):
-            assert torch.equal(ours[key], oracle[key])
+    for _, ours, oracle in each_step(step_8bit, "cuda", name, fresh_8bit(name, start), grads, **settings):
+        assert_agree(name, ours, oracle)
+        if name in ("adam", "ademamix"):  # their state takes no root
+            for key in ("state1", "state2", "absmax1", "absmax2"):
+                assert torch.equal(ours[key], oracle[key])
 
 
 @pytest.mark.parametrize("param_norm", [0.0, 1e-3, 1e9])
 @pytest.mark.parametrize("name", RULES)
 def test_norm_limit_agrees_with_plain_torch(name, param_norm):
-    start, grads = torch.randn(17_001, device="cuda"), gradients(17_001, torch.float32)
+    start, grads = torch.randn(17_001, device="cuda"), gradients(17_001, torch.float32, "cuda")
     for g in grads:
         g[272] = 1.0  # its square overflows the oracle's sum, not ours
 
     ours, oracle = (
-        run_32bit(k, name, start, grads, max_unorm=0.5, param_norm=param_norm) for k in ("cuda", "default")
+        run(step_32bit, k, name, fresh_32bit(name, start), grads, max_unorm=0.5, param_norm=param_norm)
+        for k in ("cuda", "default")
     )
 
     assert ours["unorm"].item() == pytest.approx(oracle["unorm"].item(), rel=1e-5)
@@ -219,12 +168,13 @@ def test_limits_of_one_launch_agree_with_plain_torch(name, bits, dtype, skip_zer
 
 def test_strided_and_unaligned_tensors_agree():
     base = torch.randn(5001, 2, device="cuda")
-    grads = gradients(5001, torch.float32)
-    expected = run_8bit("default", "adam", base[:, 0].contiguous(), grads)
+    grads = gradients(5001, torch.float32, "cuda")
+    expected = run(step_8bit, "default", "adam", fresh_8bit("adam", base[:, 0].contiguous()), grads)
 
-    strided = base.clone()[:, 0]
-    assert not strided.is_contiguous()
-    ours = run_8bit("cuda", "adam", strided, grads)
+    ours = fresh_8bit("adam", base[:, 0])
+    ours["p"] = base.clone()[:, 0]
+    assert not ours["p"].is_contiguous()
+    run(step_8bit, "cuda", "adam", ours, grads)
     unaligned = torch.zeros(5002, device="cuda")[1:].copy_(base[:, 0])
     p = torch.nn.Parameter(unaligned)
     optimizer = optim.Adam8bit([p], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)

@@ -34,7 +34,7 @@ def test_no_block_loses_and_the_whole_gains(device, quant_type, dtype, shape, bl
     before = block_errors(A, A, blocksize, quant_type)
     after = block_errors(clipped, A, blocksize, quant_type)
     assert (after <= before * (1 + 1e-5)).all()
-    if A.numel() > 1000 and blocksize <= 128:
+    if before.numel() > 50:  # a dozen blocks may all be lucky as they are
         assert after.sum() < 0.97 * before.sum()
 
 

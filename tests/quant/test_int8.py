@@ -230,7 +230,8 @@ def test_dequantized_rows_are_within_half_a_step(device, dtype):
     values = F.int8_vectorwise_dequant(q, row_stats)
 
     assert values.dtype == torch.float32
-    assert ((values - A.float()).abs() <= row_stats[:, None] / 254 * (1 + 1e-5)).all()
+    # Six float32 roundings on the way there and back, each 2^-24 of up to 127 steps: 9e-5 of half a step.
+    assert ((values - A.float()).abs() <= row_stats[:, None] / 254 * (1 + 1e-4)).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

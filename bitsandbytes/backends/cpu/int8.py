@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._native import DTYPE_ID, has_native, lib, ptr, threads
+from ..._native import ABI, DTYPE_ID, has_native, lib, ptr, threads
 from ..._operator import PLAIN_TENSORS
 from ..._ops import (
     int8_double_quant,
@@ -181,30 +181,22 @@ def _linear(
     A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor | None]:
     """What the kernel takes as it is, plain and contiguous."""
-    shape = list(A.shape)
-    N, K = CB.shape
+    shape, (N, K) = [*A.shape], CB.shape
     shape[-1] = N
     flags = _flags(threshold, K)
     out = A.new_empty(*shape)  # sizes one by one are parsed sooner
-    lib.bnb_cpu_int8_linear(
-        A.data_ptr(),
-        DTYPE_ID[A.dtype],
-        CB.data_ptr(),
-        SCB.data_ptr(),
-        ptr(bias),
-        _dtype_id(bias),
-        out.data_ptr(),
-        ptr(flags),
-        A.numel() // K if K else _rows(A),
-        N,
-        K,
-        threshold,
-        threads(),
-    )
+    lib.bnb_cpu_int8_linear_with(
+        _arguments(
+            A.data_ptr(), DTYPE_ID[A.dtype], CB.data_ptr(), SCB.data_ptr(),
+            0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPE_ID[bias.dtype],
+            out.data_ptr(), 0 if flags is None else flags.data_ptr(),
+            A.numel() // K if K else _rows(A), N, K, threshold, torch.get_num_threads(),
+        )
+    )  # fmt: skip
     return out, flags
 
 
-@native_kernel(int8_linear, "bnb_cpu_int8_linear")
+@native_kernel(int8_linear, "bnb_cpu_int8_linear_with")
 def _(A, CB, SCB, bias, threshold):
     plain = A.dtype in DTYPE_ID and (bias is None or bias.dtype in DTYPE_ID)
     if not plain or not _is_ours(A):
@@ -237,5 +229,6 @@ def _linear_small(A, CB, SCB, bias, threshold) -> tuple[Tensor, Tensor | None] |
     return _linear(A, CB, SCB, bias, threshold)
 
 
-if has_native("bnb_cpu_int8_linear"):
+if ABI and has_native("bnb_cpu_int8_linear_with"):
+    _arguments = ABI.packer("bnb_int8_linear_arguments")
     int8_linear.shortcut(_linear_small)

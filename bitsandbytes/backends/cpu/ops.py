@@ -7,14 +7,14 @@ and dequantized values are the default backend's bit for bit; matrix products ac
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..._formats.packing import as_bytes
-from ..._formats.table import BLOCKSIZES, FLOAT_DTYPES, FORMATS, NESTED_BLOCKSIZE, STORAGE_DTYPES
-from ..._native import DTYPE_ID, FORMAT_ID, has_avx512bf16, has_native, lib, ptr, threads
+from ..._formats.table import BLOCKSIZES, FORMATS, NESTED_BLOCKSIZE, STORAGE_DTYPES
+from ..._native import ABI, DTYPE_ID, FORMAT_ID, has_native, lib, ptr, threads
 from ..._operator import PLAIN_TENSORS
 from ..._ops import (
     dequantize_4bit,
@@ -26,6 +26,7 @@ from ..._ops import (
     quantize_blockwise,
 )
 from ..default.ops import expanded, linear_into
+from .plan import LEAST_DENSE_ROWS, dense_rows_here
 from .registration import native_kernel as _native_kernel
 
 __all__: list[str] = []
@@ -34,8 +35,11 @@ __all__: list[str] = []
 _CODE = {
     name: torch.tensor(format.values, dtype=torch.float32, device="cpu") for name, format in FORMATS.items()
 }
+_CODE_ADDRESS = {name: code.data_ptr() for name, code in _CODE.items()}
 
-_PANEL_BYTES = 2 << 20  # of decoded weight at a time: stays in the cache, and its memory is touched once
+# Decoded weights at a time: few enough to stay in the cache and to touch their memory once, and enough for torch's product
+# to come within some percent of that of the whole weight.
+_PANEL_VALUES = 1 << 20
 
 
 @_native_kernel(quantize_4bit, "bnb_cpu_quantize_4bit")
@@ -84,24 +88,6 @@ def _(A, absmax, code, blocksize, dtype, out):
     )
 
 
-_LEAST_DENSE_ROWS = 12  # up to here nothing has to be asked
-
-
-@cache
-def _dense_rows(dtype: torch.dtype, tiled: bool) -> float:
-    """From how many rows on torch's product with the decoded weight beats ours: benchmarking/bench_cpu.py.
-
-    Only where torch multiplies bfloat16 with instructions that our kernels do not use: AMX where blocks do not hold a
-    multiple of 64 codes of a row (not ``tiled``), or whatever this machine has when another instruction set is forced.
-    """
-    if dtype is not torch.bfloat16:
-        return math.inf
-    isa = lib.bnb_cpu_isa()
-    if getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return math.inf if tiled and isa == b"avx512amx" else 32
-    return _LEAST_DENSE_ROWS if has_avx512bf16() and isa not in (b"avx512amx", b"avx512bf16") else math.inf
-
-
 def _multiply(
     A: Tensor,
     B: Tensor,
@@ -115,31 +101,26 @@ def _multiply(
     absmax_offset,
     out: Tensor,
 ) -> None:
-    """A call of a small layer is mostly this function, so it calls no other of ours."""
     A, B, absmax = A.contiguous(), B.contiguous(), absmax.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    if absmax_8bit is not None:
-        absmax_8bit, absmax_code = absmax_8bit.contiguous(), absmax_code.contiguous()
-        if absmax_offset.dtype is not torch.float32:
-            absmax_offset = absmax_offset.float()
+    bias = None if bias is None else bias.contiguous()
+    absmax_8bit, absmax_code, absmax_offset = _contiguous((absmax_8bit, absmax_code, absmax_offset))
     N, K = shapeB
     lib.bnb_cpu_gemm_4bit(
-        A.data_ptr(),
+        ptr(A),
         DTYPE_ID[A.dtype],
-        B.data_ptr(),
-        absmax.data_ptr(),
-        None if absmax_8bit is None else absmax_8bit.data_ptr(),
-        None if absmax_code is None else absmax_code.data_ptr(),
-        None if absmax_offset is None else absmax_offset.data_ptr(),
-        code.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        A.numel() // K if K else A.shape[:-1].numel(),
+        ptr(B),
+        ptr(absmax),
+        ptr(absmax_8bit),
+        ptr(absmax_code),
+        ptr(absmax_offset),
+        ptr(code),
+        ptr(bias),
+        ptr(out),
+        A.shape[:-1].numel(),
         N,
         K,
         blocksize,
-        torch.get_num_threads(),
+        threads(),
     )
 
 
@@ -150,22 +131,19 @@ def _contiguous(nested: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return absmax_8bit.contiguous(), code.contiguous(), offset.float()
 
 
-def _panel_rows(N: int, K: int, blocksize: int, itemsize: int) -> int:
-    """How many weight rows to decode at a time: about a panel's bytes, starting on a block and on a byte."""
+def _panel_rows(N: int, K: int, blocksize: int) -> int:
+    """How many weight rows to decode at a time: about a panel, starting on a block and on a byte."""
     step = max(blocksize, 2) // math.gcd(max(blocksize, 2), K)
-    return min(N, max(1, _PANEL_BYTES // max(1, K * itemsize * step)) * step)
+    return max(1, min(N, max(1, _PANEL_VALUES // max(1, K * step)) * step))
 
 
-def _decode_and_multiply(
-    A: Tensor, B: Tensor, shapeB, absmax: Tensor, quant_type: str, blocksize: int, bias, out: Tensor
-) -> None:
-    """The product with the weight decoded panel by panel into one buffer; never all of it at once."""
+def _decoded_panels(
+    B: Tensor, shapeB, absmax: Tensor, blocksize: int, quant_type: str, dtype: torch.dtype, step: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """``step`` rows of the weight after another, all in one buffer."""
     N, K = shapeB
-    count = A.shape[:-1].numel()
-    rows, columns = A.reshape(count, K), out.view(count, N)
     packed, absmax = as_bytes(B), absmax.reshape(-1)
-    step = _panel_rows(N, K, blocksize, A.element_size())
-    buffer = torch.empty((step, K), dtype=A.dtype)
+    buffer = torch.empty((step, K), dtype=dtype)
     for start in range(0, N, step):
         stop = min(N, start + step)
         panel = buffer[: stop - start]
@@ -175,17 +153,42 @@ def _decode_and_multiply(
             blocksize,
             quant_type,
             panel.shape,
-            A.dtype,
+            dtype,
             panel,
         )
-        linear_into(rows, panel, None if bias is None else bias[start:stop], columns[:, start:stop])
+        yield slice(start, stop), panel
+
+
+def _decode_and_multiply(
+    A: Tensor, B: Tensor, shapeB, absmax: Tensor, quant_type: str, blocksize: int, bias, out: Tensor
+) -> None:
+    """The product with the weight decoded panel by panel; never all of it at once."""
+    N, K = shapeB
+    count = A.shape[:-1].numel()
+    rows, columns = A.reshape(count, K), out.view(count, N)
+    step = _panel_rows(N, K, blocksize)
+    for part, panel in _decoded_panels(B, shapeB, absmax, blocksize, quant_type, A.dtype, step):
+        linear_into(rows, panel, None if bias is None else bias[part], columns[:, part])
+
+
+def _decode_and_multiply_transposed(
+    A: Tensor, B: Tensor, shapeB, absmax: Tensor, quant_type: str, blocksize: int, out: Tensor
+) -> None:
+    """The product with the transposed weight. Sums of 16 bits would be rounded after each panel, so they get one."""
+    N, K = shapeB
+    count = A.shape[:-1].numel()
+    rows, sums = A.detach().reshape(count, N), out.view(count, K)
+    step = _panel_rows(N, K, blocksize) if A.dtype is torch.float32 else max(1, N)
+    sums.zero_()
+    for part, panel in _decoded_panels(B, shapeB, absmax, blocksize, quant_type, A.dtype, step):
+        torch.addmm(sums, rows[:, part], panel, out=sums)  # in place, which autocast leaves alone
 
 
 @_native_kernel(gemm_4bit, "bnb_cpu_gemm_4bit")
 def _(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset, out):
     K = shapeB[1]
-    few = A.numel() < _LEAST_DENSE_ROWS * K
-    if not few and A.shape[:-1].numel() >= _dense_rows(A.dtype, (K | blocksize) % 64 == 0):
+    few = A.numel() < LEAST_DENSE_ROWS * K
+    if not few and A.shape[:-1].numel() >= dense_rows_here(A.dtype, (K | blocksize) % 64 == 0):
         if absmax_8bit is not None:
             absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
         _decode_and_multiply(A, B, shapeB, absmax, quant_type, blocksize, bias, out)
@@ -199,47 +202,57 @@ def _multiply_small(
 ) -> Tensor | None:
     """``gemm_4bit`` of few rows, as :meth:`Operator.shortcut` wants it; the conditions are those of its checks.
 
-    Frames are what a small layer's call consists of: a third of its time without this function.
+    A small layer's call consists of frames, questions to tensors and arguments of native functions: of each the fewest.
     """
-    for tensor in (A, B, absmax, bias, absmax_8bit, absmax_code, absmax_offset):
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN_TENSORS or not tensor.is_cpu or tensor.is_neg():
+    if type(A) not in PLAIN_TENSORS or not A.is_contiguous() or A.is_neg():
+        return None
+    for tensor in (B, absmax, bias, absmax_8bit, absmax_code, absmax_offset):
+        if tensor is not None and (
+            type(tensor) not in PLAIN_TENSORS
+            or not tensor.is_cpu
+            or not tensor.is_contiguous()
+            or tensor.is_neg()
+        ):
             return None
-    shape, dtype = list(A.shape), A.dtype
-    if (
-        dtype not in FLOAT_DTYPES
-        or blocksize not in BLOCKSIZES
-        or quant_type not in FORMATS
-        or len(shapeB) != 2
-    ):
+    dtype, shape, values, code = A.dtype, [*A.shape], A.numel(), _CODE_ADDRESS.get(quant_type)
+    if code is None or dtype not in DTYPE_ID or blocksize not in BLOCKSIZES or len(shapeB) != 2:
         return None
     N, K = shapeB
-    if not shape or shape[-1] != K or not 0 < A.numel() < _LEAST_DENSE_ROWS * K:
+    if not shape or shape[-1] != K or not 0 < values < LEAST_DENSE_ROWS * K:
         return None
-    if B.dtype not in STORAGE_DTYPES or B.numel() * B.element_size() < (N * K + 1) // 2:
+    if B.dtype not in STORAGE_DTYPES or B.nbytes < (N * K + 1) // 2:
         return None
     scales = -(N * K // -blocksize)
+    codes = table = offset = 0
     if absmax_8bit is not None:
         if absmax_8bit.dtype is not torch.uint8 or absmax_8bit.dim() != 1 or absmax_8bit.numel() < scales:
             return None
         if absmax_code is None or absmax_code.dtype is not torch.float32 or absmax_code.numel() != 256:
             return None
-        if absmax_offset is None or absmax_offset.numel() != 1:
+        if absmax_offset is None or absmax_offset.dtype is not torch.float32 or absmax_offset.numel() != 1:
             return None
         scales = -(scales // -NESTED_BLOCKSIZE)
+        codes, table, offset = absmax_8bit.data_ptr(), absmax_code.data_ptr(), absmax_offset.data_ptr()
     if absmax.dtype is not torch.float32 or absmax.numel() < scales:
         return None
-    if bias is not None and (bias.dtype is not dtype or bias.dim() != 1 or bias.numel() != N):
-        return None
+    added = 0
+    if bias is not None:
+        if bias.dtype is not dtype or bias.dim() != 1 or bias.numel() != N:
+            return None
+        added = bias.data_ptr()
     shape[-1] = N
     out = A.new_empty(*shape)  # sizes one by one are parsed sooner
-    code = _CODE[quant_type]
-    _multiply(A, B, shapeB, absmax, code, blocksize, bias, absmax_8bit, absmax_code, absmax_offset, out)
+    lib.bnb_cpu_gemm_4bit_with(
+        _arguments(
+            A.data_ptr(), DTYPE_ID[dtype], B.data_ptr(), absmax.data_ptr(), codes, table, offset, code, added,
+            out.data_ptr(), values // K, N, K, blocksize, torch.get_num_threads(),
+        )
+    )  # fmt: skip
     return out
 
 
-if has_native("bnb_cpu_gemm_4bit"):
+if ABI and has_native("bnb_cpu_gemm_4bit_with"):
+    _arguments = ABI.packer("bnb_gemm_4bit_arguments")
     gemm_4bit.shortcut(_multiply_small)
 
 
@@ -251,11 +264,10 @@ def _(A, B, shapeB, absmax, code, blocksize, out):
 @_native_kernel(gemm_4bit_transposed, "bnb_cpu_gemm_4bit_transposed")
 def _(A, B, shapeB, absmax, blocksize, quant_type, absmax_8bit, absmax_code, absmax_offset, out):
     rows, (N, K) = A.shape[:-1].numel(), shapeB
-    if rows >= _dense_rows(A.dtype, (K | blocksize) % 64 == 0):
+    if rows >= dense_rows_here(A.dtype, (K | blocksize) % 64 == 0):
         if absmax_8bit is not None:
             absmax = expanded(absmax, absmax_8bit, absmax_code, absmax_offset)
-        weight = dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype)
-        linear_into(A.reshape(rows, N), weight.t(), None, out.view(rows, K))
+        _decode_and_multiply_transposed(A, B, shapeB, absmax, quant_type, blocksize, out)
         return
     A, B, absmax = A.contiguous(), B.contiguous(), absmax.contiguous()
     absmax_8bit, absmax_code, absmax_offset = _contiguous((absmax_8bit, absmax_code, absmax_offset))
