@@ -122,8 +122,8 @@ class Operator:
         self.check = check
         self.kernels: dict[str, Callable] = {}
         self._direct: dict[str, tuple[Callable | None, frozenset[str]]] = {}
-        self._shortcut: Callable | None = None
-        self._cpu_name = f"bitsandbytes/{self.name}/CPU"
+        # Of the CPU, and of the other device that has one: the function, and the name that a third party takes.
+        self._shortcuts: dict[object, tuple[Callable, str]] = {}
         self._returns = fake is not None
         parameters = list(inspect.signature(check).parameters.values())
         self._arity = len(parameters)
@@ -153,14 +153,14 @@ class Operator:
             return self._packet(*args)
         with _without_functions():
             if (
-                self._shortcut is not None
+                self._shortcuts
                 and len(args) == self._arity
-                and getattr(args[self._position_of_tensor], "is_cpu", False)
+                and (found := self._shortcuts.get(getattr(args[self._position_of_tensor], "is_cpu", None)))
                 and not _records_gradients()
                 # As _unobserved, less a frame.
                 and not (_modes() or _functions() or _tracing() or _transforms() or _profiling())
-                and self._cpu_name not in _FOREIGN_KERNELS  # type: ignore[operator]
-                and (result := self._shortcut(*args)) is not None
+                and found[1] not in _FOREIGN_KERNELS  # type: ignore[operator]
+                and (result := found[0](*args)) is not None
             ):
                 return result
             direct = self._direct_kernel(args)
@@ -204,15 +204,14 @@ class Operator:
             return None, names
         return self._eager(fill, self._allocate_beside), names
 
-    def shortcut(self, take: Callable) -> Callable:
-        """Register what does a whole call on the CPU, of all arguments: check, allocate and fill, in few frames.
+    def shortcut(self, device: str, take: Callable) -> None:
+        """Register what does a whole call on a device type, of all arguments: check, allocate and fill, in few frames.
 
-        It returns None unless tensors are of ``PLAIN_TENSORS``, none is lazily negative, and ``check`` would pass; then
-        the call goes the long way, which knows what to raise. Asked only where no gradient is recorded and the first
-        tensor is on the CPU.
+        It returns None unless tensors are on the device, of ``PLAIN_TENSORS``, none is lazily negative, and ``check``
+        would pass; then the call goes the long way, which knows what to raise. Asked only where no gradient is recorded.
+        One device type besides the CPU may have one.
         """
-        self._shortcut = take
-        return take
+        self._shortcuts[device == "cpu"] = take, f"bitsandbytes/{self.name}/{device.upper()}"
 
     def kernel(self, device: str) -> Callable[[Callable], Callable]:
         """Register the filling for a device type; ``"default"`` serves every device that has none of its own."""
@@ -220,8 +219,8 @@ class Operator:
         def register(fill: Callable) -> Callable:
             self.kernels[device] = fill
             self._direct.clear()
-            if device == "cpu":
-                self._shortcut = None  # which was that of another kernel
+            if self._shortcuts.get(device == "cpu", ("", ""))[1].endswith(f"/{device.upper()}"):
+                del self._shortcuts[device == "cpu"]  # which was that of another kernel
             key = _DISPATCH_KEYS.get(device, device.upper())
             _implement(self.name, self._eager(fill), key)
             if self._outs:

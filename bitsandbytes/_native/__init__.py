@@ -9,6 +9,7 @@ from __future__ import annotations
 from .library import BNBNativeLibrary
 from .loader import load
 from .tensors import (
+    are_on_current_gpu,
     device_of,
     dtype_ids,
     get_ptr,
@@ -26,6 +27,7 @@ __all__ = [
     "DTYPE_ID",
     "FORMAT_ID",
     "RULE_ID",
+    "are_on_current_gpu",
     "device_of",
     "get_ptr",
     "has_avx512bf16",

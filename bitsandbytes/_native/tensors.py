@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from .abi import Abi
 
 __all__ = [
+    "are_on_current_gpu",
     "device_of",
     "dtype_ids",
     "get_ptr",
@@ -76,6 +78,18 @@ def device_of(tensor: Tensor) -> AbstractContextManager:
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@lru_cache(maxsize=1)
+def _has_several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def are_on_current_gpu(index: int, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether CUDA device ``index`` is current and holds all these, each of which is on some CUDA device."""
+    if index != torch._C._cuda_getDevice():
+        return False
+    return not _has_several_gpus() or all(x is None or x.get_device() == index for x in tensors)
 
 
 def _cuda_device_of(tensor: Tensor) -> AbstractContextManager:

@@ -53,37 +53,44 @@ def test_a_direct_call_gives_the_same_results(device, name, grad):
     assert direct > 0
 
 
-def test_a_small_product_takes_the_shortcut_unless_a_tensor_is_special():
-    operator = OPERATORS["gemm_4bit"]
-    if operator._shortcut is None:
-        pytest.skip("no native library is built")
-    packed, bias = torch.randint(256, (64, 1), dtype=torch.uint8), torch.randn(2)
-    A, rest = torch.randn(3, 64), ([2, 64], torch.rand(2), 64, "nf4")
+def _shortcut(name: str, device: str):
+    """Whether the device's shortcut takes a call of these arguments."""
+    operator = OPERATORS[name]
+    take, name = operator._shortcuts.get(device == "cpu", (None, ""))
+    if not name.endswith(f"/{device.upper()}"):
+        pytest.skip("no native library for it is built")
+    return lambda *arguments: take(*operator._complete(arguments)) is not None
 
-    def takes_it(*arguments: object) -> bool:
-        return operator._shortcut(*operator._complete(arguments)) is not None
+
+def test_a_small_product_takes_the_shortcut_unless_a_tensor_is_special(device):
+    takes_it = _shortcut("gemm_4bit", device)
+    packed, bias = (
+        torch.randint(256, (64, 1), dtype=torch.uint8, device=device),
+        torch.randn(2, device=device),
+    )
+    A, rest = torch.randn(3, 64, device=device), ([2, 64], torch.rand(2, device=device), 64, "nf4")
 
     assert takes_it(A, packed, *rest, bias) and takes_it(A, nn.Params4bit(packed), *rest)
-    assert not takes_it(A.expand(5, 3, 64).contiguous(), packed, *rest)  # too many rows to be small
-    assert not takes_it(torch.randn(64, 3).t(), packed, *rest)
+    assert not takes_it(A.expand(2000, 3, 64).contiguous(), packed, *rest)  # so many rows are decoded for
+    assert not takes_it(A.new_empty(64, 3).t(), packed, *rest)
     assert not takes_it(torch._neg_view(A), packed, *rest)
     assert not takes_it(A, packed, *rest, bias.as_subclass(type("Watched", (Tensor,), {})))
+    assert not takes_it(A, packed.to("meta"), *rest)
+    assert not takes_it(A, packed, *rest, bias.to("meta"))
 
 
-def test_a_small_int8_layer_takes_the_shortcut_unless_a_tensor_is_special():
-    operator = OPERATORS["int8_linear"]
-    if operator._shortcut is None:
-        pytest.skip("no native library is built")
+def test_a_small_int8_layer_takes_the_shortcut_unless_a_tensor_is_special(device):
+    takes_it = _shortcut("int8_linear", device)
     A, CB, SCB, bias = torch.randn(1, 8), torch.ones(2, 8, dtype=torch.int8), torch.rand(2), torch.randn(2)
-
-    def takes_it(*arguments: object) -> bool:
-        return operator._shortcut(*operator._complete(arguments)) is not None
+    A, CB, SCB, bias = (x.to(device) for x in (A, CB, SCB, bias))
 
     assert takes_it(A, CB, SCB) and takes_it(A, CB, SCB, bias.half(), 6.0)
-    assert not takes_it(A.expand(5, 100, 8).contiguous(), CB, SCB)  # too many rows to be small
-    assert not takes_it(torch.randn(8, 2).t(), CB, SCB)
+    if device == "cpu":
+        assert not takes_it(A.expand(5, 100, 8).contiguous(), CB, SCB)  # too many rows to be small
+    assert not takes_it(A.new_empty(8, 2).t(), CB, SCB)
     assert not takes_it(A.double(), CB, SCB)
     assert not takes_it(torch._neg_view(A), CB, SCB)
+    assert not takes_it(A, CB.to("meta"), SCB)
     assert not takes_it(A, CB, SCB, bias.as_subclass(type("Watched", (Tensor,), {})))
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..._native import ABI, DTYPE_ID, has_native, lib, ptr, threads
-from ..._operator import PLAIN_TENSORS
 from ..._ops import (
     int8_double_quant,
     int8_linear,
@@ -21,6 +20,7 @@ from ..._ops import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
+from ..shortcuts import is_int8_layer
 from .registration import native_kernel
 
 __all__: list[str] = []
@@ -206,29 +206,14 @@ def _(A, CB, SCB, bias, threshold):
 
 
 def _linear_small(A, CB, SCB, bias, threshold) -> tuple[Tensor, Tensor | None] | None:
-    """``int8_linear`` of few rows, as :meth:`Operator.shortcut` wants it; the conditions are those of its check."""
-    for tensor in (A, CB, SCB, bias):
-        if tensor is None:
-            continue
-        if (
-            type(tensor) not in PLAIN_TENSORS
-            or not tensor.is_cpu
-            or tensor.is_neg()
-            or not tensor.is_contiguous()
-        ):
-            return None
-    if A.dtype not in DTYPE_ID or CB.dtype is not torch.int8 or SCB.dtype is not torch.float32:
+    """``int8_linear`` of few rows, as :meth:`Operator.shortcut` wants it."""
+    if not is_int8_layer("is_cpu", A, CB, SCB, bias, threshold):
         return None
-    columns, shape = A.shape[-1:], CB.shape
-    if len(shape) != 2 or columns != shape[1:] or SCB.numel() != shape[0] or not threshold >= 0.0:
-        return None
-    if bias is not None and (bias.dtype not in DTYPE_ID or bias.numel() != shape[0]):
-        return None
-    if not 0 < A.numel() < _SMALL_ROWS * shape[1] or not _is_ours(A):
+    if A.numel() >= _SMALL_ROWS * CB.shape[1] or not _is_ours(A):
         return None
     return _linear(A, CB, SCB, bias, threshold)
 
 
 if ABI and has_native("bnb_cpu_int8_linear_with"):
     _arguments = ABI.packer("bnb_int8_linear_arguments")
-    int8_linear.shortcut(_linear_small)
+    int8_linear.shortcut("cpu", _linear_small)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..._formats.packing import as_bytes
-from ..._formats.table import BLOCKSIZES, FORMATS, NESTED_BLOCKSIZE, STORAGE_DTYPES
+from ..._formats.table import FORMATS
 from ..._native import ABI, DTYPE_ID, FORMAT_ID, has_native, lib, ptr, threads
-from ..._operator import PLAIN_TENSORS
 from ..._ops import (
     dequantize_4bit,
     dequantize_blockwise,
@@ -26,6 +25,7 @@ from ..._ops import (
     quantize_blockwise,
 )
 from ..default.ops import expanded, linear_into
+from ..shortcuts import fourbit_product
 from .plan import LEAST_DENSE_ROWS, dense_rows_here
 from .registration import native_kernel as _native_kernel
 
@@ -200,52 +200,20 @@ def _(A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_cod
 def _multiply_small(
     A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset
 ) -> Tensor | None:
-    """``gemm_4bit`` of few rows, as :meth:`Operator.shortcut` wants it; the conditions are those of its checks.
-
-    A small layer's call consists of frames, questions to tensors and arguments of native functions: of each the fewest.
-    """
-    if type(A) not in PLAIN_TENSORS or not A.is_contiguous() or A.is_neg():
+    """``gemm_4bit`` of few rows, as :meth:`Operator.shortcut` wants it."""
+    product = fourbit_product(
+        "is_cpu", A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset
+    )
+    if product is None:
         return None
-    for tensor in (B, absmax, bias, absmax_8bit, absmax_code, absmax_offset):
-        if tensor is not None and (
-            type(tensor) not in PLAIN_TENSORS
-            or not tensor.is_cpu
-            or not tensor.is_contiguous()
-            or tensor.is_neg()
-        ):
-            return None
-    dtype, shape, values, code = A.dtype, [*A.shape], A.numel(), _CODE_ADDRESS.get(quant_type)
-    if code is None or dtype not in DTYPE_ID or blocksize not in BLOCKSIZES or len(shapeB) != 2:
+    values, dtype, packed, absmax, codes, table, offset, bias, M, N, K, shape = product
+    if M >= LEAST_DENSE_ROWS:
         return None
-    N, K = shapeB
-    if not shape or shape[-1] != K or not 0 < values < LEAST_DENSE_ROWS * K:
-        return None
-    if B.dtype not in STORAGE_DTYPES or B.nbytes < (N * K + 1) // 2:
-        return None
-    scales = -(N * K // -blocksize)
-    codes = table = offset = 0
-    if absmax_8bit is not None:
-        if absmax_8bit.dtype is not torch.uint8 or absmax_8bit.dim() != 1 or absmax_8bit.numel() < scales:
-            return None
-        if absmax_code is None or absmax_code.dtype is not torch.float32 or absmax_code.numel() != 256:
-            return None
-        if absmax_offset is None or absmax_offset.dtype is not torch.float32 or absmax_offset.numel() != 1:
-            return None
-        scales = -(scales // -NESTED_BLOCKSIZE)
-        codes, table, offset = absmax_8bit.data_ptr(), absmax_code.data_ptr(), absmax_offset.data_ptr()
-    if absmax.dtype is not torch.float32 or absmax.numel() < scales:
-        return None
-    added = 0
-    if bias is not None:
-        if bias.dtype is not dtype or bias.dim() != 1 or bias.numel() != N:
-            return None
-        added = bias.data_ptr()
-    shape[-1] = N
     out = A.new_empty(*shape)  # sizes one by one are parsed sooner
     lib.bnb_cpu_gemm_4bit_with(
         _arguments(
-            A.data_ptr(), DTYPE_ID[dtype], B.data_ptr(), absmax.data_ptr(), codes, table, offset, code, added,
-            out.data_ptr(), values // K, N, K, blocksize, torch.get_num_threads(),
+            values, dtype, packed, absmax, codes, table, offset, _CODE_ADDRESS[quant_type], bias, out.data_ptr(),
+            M, N, K, blocksize, torch.get_num_threads(),
         )
     )  # fmt: skip
     return out
@@ -253,7 +221,7 @@ def _multiply_small(
 
 if ABI and has_native("bnb_cpu_gemm_4bit_with"):
     _arguments = ABI.packer("bnb_gemm_4bit_arguments")
-    gemm_4bit.shortcut(_multiply_small)
+    gemm_4bit.shortcut("cpu", _multiply_small)
 
 
 @_native_kernel(gemv_4bit, "bnb_cpu_gemm_4bit")

@@ -14,9 +14,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._native import ABI, DTYPE_ID, FORMAT_ID, device_of, has_native, lib, ptr, stream_of
+from ..._native import (
+    ABI,
+    DTYPE_ID,
+    FORMAT_ID,
+    are_on_current_gpu,
+    device_of,
+    has_native,
+    lib,
+    ptr,
+    stream_of,
+)
 from ..._ops import dequantize_4bit, dequantize_4bit_nested, gemm_4bit, gemv_4bit
 from ..default.ops import linear_into
+from ..shortcuts import fourbit_product
 
 __all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn", "aligned"]
 
@@ -129,6 +140,31 @@ def _gemm_4bit(
         )
 
 
+def _multiply_quickly(
+    A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset
+) -> Tensor | None:
+    """``gemm_4bit`` by a fused kernel on the current device, as :meth:`Operator.shortcut` wants it."""
+    product = fourbit_product(
+        "is_cuda", A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset
+    )
+    index = A.get_device()
+    tensors = (B, absmax, bias, absmax_8bit, absmax_code, absmax_offset)
+    if product is None or not are_on_current_gpu(index, tensors):
+        return None
+    values, dtype, packed, absmax, codes, table, offset, bias, M, N, K, shape = product
+    fused = _fused(index, A.dtype, M, N, K, blocksize)
+    if fused is None or (values | packed) % _ALIGNMENT:
+        return None
+    out = A.new_empty(*shape)  # sizes one by one are parsed sooner
+    workspace = _workspace(fused, A)
+    lib.bnb_cuda_gemm_4bit(
+        values, dtype, packed, absmax, codes, table, offset, None, FORMAT_ID[quant_type], bias, out.data_ptr(),
+        M, N, K, blocksize, fused.tuning, None if workspace is None else workspace.data_ptr(),
+        torch._C._cuda_getCurrentRawStream(index),
+    )  # fmt: skip
+    return out
+
+
 def _gemv_4bit(A, B, shapeB, absmax, code, blocksize, out):
     N, K = shapeB
     if out.numel() == 0:
@@ -166,4 +202,5 @@ def _gemv_4bit(A, B, shapeB, absmax, code, blocksize, out):
 
 if _HAS_GEMM:
     gemm_4bit.kernel("cuda")(_gemm_4bit)
+    gemm_4bit.shortcut("cuda", _multiply_quickly)
     gemv_4bit.kernel("cuda")(_gemv_4bit)

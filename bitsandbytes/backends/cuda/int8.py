@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._native import DTYPE_ID, device_of, lib, ptr, stream_of
+from ..._native import DTYPE_ID, are_on_current_gpu, device_of, has_native, lib, ptr, stream_of
+from ..._operator import PLAIN_TENSORS
 from ..._ops import (
     int8_linear,
     int8_linear_matmul,
@@ -21,6 +22,7 @@ from ..._ops import (
     int8_scaled_mm,
     int8_vectorwise_quant,
 )
+from ..shortcuts import is_int8_layer
 from .registration import native_kernel
 
 __all__: list[str] = []
@@ -159,30 +161,43 @@ def _(A, CB, SCB, bias, threshold):
     bias = None if bias is None else bias.contiguous()
     if _takes_library(A, CB):
         return _linear_by_library(A, CB, SCB, bias, threshold)
+    if type(A) not in PLAIN_TENSORS:
+        A = A.as_subclass(Tensor)  # whose new tensors are no subclass's
+    with device_of(A):
+        return _linear(A, CB, SCB, bias, threshold)
+
+
+def _linear(
+    A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor | None]:
+    """What the kernels take as it is, on the current device."""
     (N, K), M = CB.shape, _rows(A)
-    device = A.device
-    out = torch.empty((*A.shape[:-1], N), dtype=A.dtype, device=device)
-    flags = torch.empty(K, dtype=torch.uint8, device=device) if threshold > 0.0 else None
-    size = lib.bnb_cuda_int8_linear_workspace(M, N, K, threshold)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    with device_of(out):
-        lib.bnb_cuda_int8_linear(
-            ptr(A),
-            DTYPE_ID[A.dtype],
-            ptr(CB),
-            ptr(SCB),
-            ptr(bias),
-            _dtype_id(bias),
-            ptr(out),
-            ptr(flags),
-            M,
-            N,
-            K,
-            threshold,
-            ptr(workspace),
-            stream_of(out),
-        )
+    out = A.new_empty(*A.shape[:-1], N)
+    flags = A.new_empty(K, dtype=torch.uint8) if threshold > 0.0 else None
+    workspace = A.new_empty(_linear_workspace(M, N, K, threshold > 0.0), dtype=torch.uint8)
+    lib.bnb_cuda_int8_linear(
+        A.data_ptr(), DTYPE_ID[A.dtype], CB.data_ptr(), SCB.data_ptr(), ptr(bias), _dtype_id(bias), out.data_ptr(),
+        ptr(flags), M, N, K, threshold, workspace.data_ptr(), stream_of(out),
+    )  # fmt: skip
     return out, flags
+
+
+@lru_cache(maxsize=4096)
+def _linear_workspace(M: int, N: int, K: int, outliers: bool) -> int:
+    return lib.bnb_cuda_int8_linear_workspace(M, N, K, float(outliers))
+
+
+def _linear_quickly(A, CB, SCB, bias, threshold) -> tuple[Tensor, Tensor | None] | None:
+    """``int8_linear`` by our kernels on the current device, as :meth:`Operator.shortcut` wants it."""
+    if not is_int8_layer("is_cuda", A, CB, SCB, bias, threshold):
+        return None
+    if _takes_library(A, CB) or not are_on_current_gpu(A.get_device(), (CB, SCB, bias)):
+        return None
+    return _linear(A, CB, SCB, bias, threshold)
+
+
+if has_native("bnb_cuda_int8_linear"):
+    int8_linear.shortcut("cuda", _linear_quickly)
 
 
 def _linear_by_library(
