@@ -54,6 +54,7 @@ LAYERS = {
     "_ops": 2,
     "_ops_grouped": 2,
     "_ops_int8": 2,
+    "_ops_shortcuts": 2,
     "_checks": 2,
     "_formats": 1,
     "_native": 1,
@@ -142,7 +143,7 @@ def layer(name: str) -> int:
 def unit(name: str) -> str:
     """What may import itself freely: a backend, a top-level package or module, the operators with their checks."""
     parts = name.split(".")
-    if name in ("_checks", "_operator", "_ops_grouped", "_ops_int8"):
+    if name in ("_checks", "_operator", "_ops_grouped", "_ops_int8", "_ops_shortcuts"):
         return "_ops"
     if name == "backends.utils":
         return "backends"

@@ -20,7 +20,7 @@ from ..._ops import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
-from ..shortcuts import is_int8_layer
+from ..._ops_shortcuts import is_int8_layer
 from .registration import native_kernel
 
 __all__: list[str] = []

@@ -24,8 +24,8 @@ from ..._ops import (
     quantize_4bit,
     quantize_blockwise,
 )
+from ..._ops_shortcuts import fourbit_product
 from ..default.ops import expanded, linear_into
-from ..shortcuts import fourbit_product
 from .plan import LEAST_DENSE_ROWS, dense_rows_here
 from .registration import native_kernel as _native_kernel
 

@@ -26,8 +26,8 @@ from ..._native import (
     stream_of,
 )
 from ..._ops import dequantize_4bit, dequantize_4bit_nested, gemm_4bit, gemv_4bit
+from ..._ops_shortcuts import fourbit_product
 from ..default.ops import linear_into
-from ..shortcuts import fourbit_product
 
 __all__ = ["_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn", "aligned"]
 

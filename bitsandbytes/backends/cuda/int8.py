@@ -22,7 +22,7 @@ from ..._ops import (
     int8_scaled_mm,
     int8_vectorwise_quant,
 )
-from ..shortcuts import is_int8_layer
+from ..._ops_shortcuts import is_int8_layer
 from .registration import native_kernel
 
 __all__: list[str] = []

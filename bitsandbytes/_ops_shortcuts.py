@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._formats.table import BLOCKSIZES, NESTED_BLOCKSIZE, STORAGE_DTYPES
-from .._native import DTYPE_ID, FORMAT_ID
-from .._operator import PLAIN_TENSORS
+from ._formats.table import BLOCKSIZES, NESTED_BLOCKSIZE, STORAGE_DTYPES
+from ._native import DTYPE_ID, FORMAT_ID
+from ._operator import PLAIN_TENSORS
 
 __all__ = ["fourbit_product", "is_int8_layer"]
 
