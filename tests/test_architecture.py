@@ -56,6 +56,7 @@ LAYERS = {
     "_ops_int8": 2,
     "_ops_shortcuts": 2,
     "_checks": 2,
+    "_alike": 1,
     "_formats": 1,
     "_native": 1,
     "_overrides": 1,

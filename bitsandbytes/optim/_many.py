@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._alike import Likeness
 from .._formats.table import FLOAT_DTYPES
 from .._native import has_room_for_maps
 from .._operator import all_plain
 from .._ops import optimizer_update_many
 from .._quant.optimizer_table import Hyper, StepTable, step_counters
-from ._alike import Likeness
 from ._rules import scheduled
 from ._sharded import is_dtensor, is_sharded, local_of, shard_offset
 

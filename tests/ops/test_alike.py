@@ -7,8 +7,8 @@ import weakref
 import pytest
 import torch
 
-from bitsandbytes.optim import _alike
-from bitsandbytes.optim._alike import Likeness
+from bitsandbytes import _alike
+from bitsandbytes._alike import Likeness
 
 needs_guards = pytest.mark.skipif(_alike._GUARDS is None, reason="this torch has no guards for tensors")
 
