@@ -20,7 +20,8 @@ from ..._ops import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
-from ..._ops_shortcuts import is_int8_layer
+from ..._ops_shortcuts import Int8Numbers, int8_product
+from .memory import empty
 from .registration import native_kernel
 
 __all__: list[str] = []
@@ -36,7 +37,7 @@ def _dtype_id(tensor: Tensor | None) -> Any:
 
 def _flags(threshold: float, columns: int) -> Tensor | None:
     """Where a kernel marks outlier columns."""
-    return torch.zeros(columns, dtype=torch.uint8, device="cpu") if threshold > 0.0 else None
+    return empty((columns,), (1,), torch.uint8).zero_() if threshold > 0.0 else None
 
 
 def _marked(flags: Tensor | None) -> Tensor | None:
@@ -114,16 +115,16 @@ _OWN_ROWS = {b"avx512vnni": 16 if _HAS_TILES else None, b"scalar": 0 if _HAS_VNN
 _SMALL_ROWS = 64  # below which the host's share of a call counts
 
 
-def _is_ours(A: Tensor) -> bool:
-    """Whether our kernel multiplies these activations."""
-    rows = _OWN_ROWS.get(_ISA)
-    return rows is None or _rows(A) <= rows
+def _is_ours(rows: int) -> bool:
+    """Whether our kernel multiplies so many activations."""
+    most = _OWN_ROWS.get(_ISA)
+    return most is None or rows <= most
 
 
 @native_kernel(int8_linear_matmul, "bnb_cpu_int8_linear_matmul")
 def _(A, B, out):
     K = A.shape[-1]
-    if _is_ours(A):
+    if _is_ours(_rows(A)):
         A, B = A.contiguous(), B.contiguous()
         lib.bnb_cpu_int8_linear_matmul(ptr(A), ptr(B), ptr(out), _rows(A), B.shape[0], K, threads())
     elif _HAS_VNNI and K > 1:  # torch takes a transposed column for a plain row
@@ -156,7 +157,7 @@ def _(A, row_stats, col_stats, dtype, bias, out):
 @native_kernel(int8_scaled_mm, "bnb_cpu_int8_scaled_mm")
 def _(A, B, row_stats, col_stats, bias, dtype, out):
     plain = out.dtype in DTYPE_ID and (bias is None or bias.dtype in DTYPE_ID)
-    if not plain or not _is_ours(A):
+    if not plain or not _is_ours(_rows(A)):
         int8_scaled_mm.kernels["default"](A, B, row_stats, col_stats, bias, dtype, out)
         return
     A, B, row_stats, col_stats = (x.contiguous() for x in (A, B, row_stats, col_stats))
@@ -178,19 +179,21 @@ def _(A, B, row_stats, col_stats, bias, dtype, out):
 
 
 def _linear(
-    A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None, threshold: float
+    numbers: Int8Numbers,
+    A: Tensor,
+    CB: Tensor,
+    SCB: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """What the kernel takes as it is, plain and contiguous."""
-    shape, (N, K) = [*A.shape], CB.shape
-    shape[-1] = N
+    dtype, bias_dtype, M, N, K = numbers
     flags = _flags(threshold, K)
-    out = A.new_empty(*shape)  # sizes one by one are parsed sooner
-    lib.bnb_cpu_int8_linear_with(
+    _product(
         _arguments(
-            A.data_ptr(), DTYPE_ID[A.dtype], CB.data_ptr(), SCB.data_ptr(),
-            0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPE_ID[bias.dtype],
-            out.data_ptr(), 0 if flags is None else flags.data_ptr(),
-            A.numel() // K if K else _rows(A), N, K, threshold, torch.get_num_threads(),
+            A.data_ptr(), dtype, CB.data_ptr(), SCB.data_ptr(), 0 if bias is None else bias.data_ptr(), bias_dtype,
+            out.data_ptr(), 0 if flags is None else flags.data_ptr(), M, N, K, threshold, torch.get_num_threads(),
         )
     )  # fmt: skip
     return out, flags
@@ -198,22 +201,27 @@ def _linear(
 
 @native_kernel(int8_linear, "bnb_cpu_int8_linear_with")
 def _(A, CB, SCB, bias, threshold):
+    rows, (N, K) = _rows(A), CB.shape
     plain = A.dtype in DTYPE_ID and (bias is None or bias.dtype in DTYPE_ID)
-    if not plain or not _is_ours(A):
+    if not plain or not _is_ours(rows):
         return int8_linear.kernels["default"](A, CB, SCB, bias, threshold)
     bias = None if bias is None else bias.contiguous()
-    return _linear(A.contiguous(), CB.contiguous(), SCB.contiguous(), bias, threshold)
+    numbers, out = (DTYPE_ID[A.dtype], _dtype_id(bias), rows, N, K), A.new_empty(*A.shape[:-1], N)
+    return _linear(numbers, A.contiguous(), CB.contiguous(), SCB.contiguous(), bias, threshold, out)
 
 
 def _linear_small(A, CB, SCB, bias, threshold) -> tuple[Tensor, Tensor | None] | None:
     """``int8_linear`` of few rows, as :meth:`Operator.shortcut` wants it."""
-    if not is_int8_layer("is_cpu", A, CB, SCB, bias, threshold):
+    product = int8_product("is_cpu", A, CB, SCB, bias, threshold)
+    if product is None:
         return None
-    if A.numel() >= _SMALL_ROWS * CB.shape[1] or not _is_ours(A):
+    numbers, shape, strides = product
+    rows = numbers[2]
+    if rows >= _SMALL_ROWS or not _is_ours(rows):
         return None
-    return _linear(A, CB, SCB, bias, threshold)
+    return _linear(numbers, A, CB, SCB, bias, threshold, empty(shape, strides, A.dtype))
 
 
 if ABI and has_native("bnb_cpu_int8_linear_with"):
-    _arguments = ABI.packer("bnb_int8_linear_arguments")
+    _arguments, _product = ABI.packer("bnb_int8_linear_arguments"), lib.bnb_cpu_int8_linear_with
     int8_linear.shortcut("cpu", _linear_small)

@@ -26,6 +26,7 @@ from ..._ops import (
 )
 from ..._ops_shortcuts import fourbit_product
 from ..default.ops import expanded, linear_into
+from .memory import empty
 from .plan import LEAST_DENSE_ROWS, dense_rows_here
 from .registration import native_kernel as _native_kernel
 
@@ -206,11 +207,11 @@ def _multiply_small(
     )
     if product is None:
         return None
-    values, dtype, packed, absmax, codes, table, offset, bias, M, N, K, shape = product
+    values, dtype, packed, absmax, codes, table, offset, bias, M, N, K, shape, strides = product
     if M >= LEAST_DENSE_ROWS:
         return None
-    out = A.new_empty(*shape)  # sizes one by one are parsed sooner
-    lib.bnb_cpu_gemm_4bit_with(
+    out = empty(shape, strides, A.dtype)
+    _product(
         _arguments(
             values, dtype, packed, absmax, codes, table, offset, _CODE_ADDRESS[quant_type], bias, out.data_ptr(),
             M, N, K, blocksize, torch.get_num_threads(),
@@ -220,7 +221,7 @@ def _multiply_small(
 
 
 if ABI and has_native("bnb_cpu_gemm_4bit_with"):
-    _arguments = ABI.packer("bnb_gemm_4bit_arguments")
+    _arguments, _product = ABI.packer("bnb_gemm_4bit_arguments"), lib.bnb_cpu_gemm_4bit_with
     gemm_4bit.shortcut("cpu", _multiply_small)
 
 

@@ -151,7 +151,7 @@ def _multiply_quickly(
     tensors = (B, absmax, bias, absmax_8bit, absmax_code, absmax_offset)
     if product is None or not are_on_current_gpu(index, tensors):
         return None
-    values, dtype, packed, absmax, codes, table, offset, bias, M, N, K, shape = product
+    values, dtype, packed, absmax, codes, table, offset, bias, M, N, K, shape, _ = product
     fused = _fused(index, A.dtype, M, N, K, blocksize)
     if fused is None or (values | packed) % _ALIGNMENT:
         return None

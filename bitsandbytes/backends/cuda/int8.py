@@ -22,7 +22,7 @@ from ..._ops import (
     int8_scaled_mm,
     int8_vectorwise_quant,
 )
-from ..._ops_shortcuts import is_int8_layer
+from ..._ops_shortcuts import int8_product
 from .registration import native_kernel
 
 __all__: list[str] = []
@@ -189,7 +189,7 @@ def _linear_workspace(M: int, N: int, K: int, outliers: bool) -> int:
 
 def _linear_quickly(A, CB, SCB, bias, threshold) -> tuple[Tensor, Tensor | None] | None:
     """``int8_linear`` by our kernels on the current device, as :meth:`Operator.shortcut` wants it."""
-    if not is_int8_layer("is_cuda", A, CB, SCB, bias, threshold):
+    if int8_product("is_cuda", A, CB, SCB, bias, threshold) is None:
         return None
     if _takes_library(A, CB) or not are_on_current_gpu(A.get_device(), (CB, SCB, bias)):
         return None
