@@ -34,7 +34,7 @@ FourbitProduct = tuple[int, int, int, int, int, int, int, int, int, int, int, Si
 Int8Numbers = tuple[int, int, int, int, int]
 Int8Product = tuple[Int8Numbers, Sizes, Sizes]  # with shape and strides of the result
 
-# Calls that needed no long way: by the arguments that are no tensors, a shape or two and how many tensors there are, a
+# Calls that needed no long way: by the arguments that are no tensors, some of what A is and how many tensors there are, a
 # function that says whether tensors are like theirs, and what follows. No tensor is in here, and nothing of one layer alone.
 _KNOWN: dict[tuple, tuple[Callable[..., bool], Any]] = {}
 _MOST_KNOWN = 1024  # a kilobyte each; what is beyond were inputs of ever new shapes
@@ -91,8 +91,8 @@ def fourbit_product(
         tensors = (*tensors, absmax_8bit, absmax_code, absmax_offset)
     elif absmax_code is not None or absmax_offset is not None:
         return None
-    # How many tensors there are says which they are.
-    key = (is_here, A.shape, N, K, blocksize, quant_type, len(tensors))
+    # How many tensors there are says which they are. Layers of one model may alternate in dtype and device.
+    key = (is_here, A.get_device(), A.dtype, A.shape, N, K, blocksize, quant_type, len(tensors))
     try:
         known = _KNOWN.get(key)
     except TypeError:  # a symbolic size, or what the operator does not take
@@ -159,7 +159,7 @@ def int8_product(
     if not threshold >= 0.0:
         return None
     tensors = (A, CB, SCB) if bias is None else (A, CB, SCB, bias)
-    key = (is_here, A.shape, getattr(CB, "shape", None), len(tensors))
+    key = (is_here, A.get_device(), A.dtype, A.shape, getattr(CB, "shape", None), len(tensors))
     try:
         known = _KNOWN.get(key)
     except TypeError:  # a symbolic size
