@@ -13,7 +13,11 @@
 BNB_NAMESPACE_BEGIN
 
 extern const TiledProducts tiled_products;
-constexpr TiledProducts kTiledProducts = {gemm_4bit<BFloat16>, gemm_4bit_transposed<BFloat16>};
+constexpr TiledProducts kTiledProducts = {
+    {gemm_4bit<float>, gemm_4bit_transposed<float>},
+    {gemm_4bit<Half>, gemm_4bit_transposed<Half>},
+    {gemm_4bit<BFloat16>, gemm_4bit_transposed<BFloat16>},
+};
 const TiledProducts tiled_products = kTiledProducts;
 
 BNB_NAMESPACE_END

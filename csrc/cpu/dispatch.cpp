@@ -87,8 +87,13 @@ bool has_avx512amx() {
 const Kernels kAmxKernels = [] {
     Kernels kernels = avx512bf16::variant_kernels;
     kernels.name = "avx512amx";
-    kernels.bfloat16.gemm_4bit = avx512amx::tiled_products.gemm_4bit;
-    kernels.bfloat16.gemm_4bit_transposed = avx512amx::tiled_products.gemm_4bit_transposed;
+    const auto take = [](auto& of_dtype, const auto& products) {
+        of_dtype.gemm_4bit = products.gemm_4bit;
+        of_dtype.gemm_4bit_transposed = products.gemm_4bit_transposed;
+    };
+    take(kernels.float32, avx512amx::tiled_products.float32);
+    take(kernels.float16, avx512amx::tiled_products.float16);
+    take(kernels.bfloat16, avx512amx::tiled_products.bfloat16);
     return kernels;
 }();
 #endif

@@ -205,14 +205,12 @@ void gemm_4bit(const GemmProblem<T>& p, int32_t threads) {
     if (p.M == 0 || p.N == 0) return;
     using Engine = typename EngineOf<T>::type;
     const int64_t segment = greatest_common_divisor(p.K, p.blocksize);
-#ifdef BNB_HAVE_PAIRS
+#if defined(BNB_HAVE_AMX)
+    const bool tiled = segment % kScaledCodes == 0 && p.K > 0 && p.M >= least_amx_rows(kPartsOf<T>);
+    if (tiled && multiply_amx(p, threads)) return;
+#elif defined(BNB_HAVE_PAIRS)
     if constexpr (Engine::kDepth == 2) {
-        if (segment % kScaledCodes == 0 && p.K > 0) {
-#ifdef BNB_HAVE_AMX
-            if (p.M > 1) return multiply_amx(p, threads);
-#endif
-            return multiply_pairs(p, threads);
-        }
+        if (segment % kScaledCodes == 0 && p.K > 0) return multiply_pairs(p, threads);
     }
 #endif
     if (segment % kWordCodes == 0) {
@@ -250,11 +248,9 @@ void gemm_4bit_transposed(const GemmProblem<T>& p, int32_t threads) {
     if (p.M == 0 || p.K == 0) return;
     using Engine = typename EngineOf<T>::type;
 #ifdef BNB_HAVE_AMX
-    if constexpr (Engine::kDepth == 2) {
-        if (greatest_common_divisor(p.K, p.blocksize) % kScaledCodes == 0 && p.N > 0) {
-            return multiply_amx_transposed(p, threads);
-        }
-    }
+    const bool has_blocks = greatest_common_divisor(p.K, p.blocksize) % kScaledCodes == 0 && p.N > 0;
+    const bool tiled = has_blocks && p.M >= least_transposed_rows(kPartsOf<T>);
+    if (tiled && multiply_amx_transposed(p, threads)) return;
 #endif
     const ExpandedScales scales(p, threads);
     for_activations<Engine>(

@@ -78,11 +78,14 @@ struct EngineOf<BFloat16> {
 };
 #endif
 
-// The engine that streams: its weights are as exact as the activations.
+// The engine that streams: its weights are as exact as the activations, or more. Processors with AMX stream float32
+// faster than pairs.
 template <class T>
 struct StreamEngineOf {
 #ifdef BNB_HAVE_BYTE_TABLES
     using type = ByteEngine<4>;
+#elif defined(BNB_HAVE_AMX)
+    using type = FloatEngine;
 #else
     using type = typename EngineOf<T>::type;
 #endif

@@ -90,7 +90,7 @@ void dot_codes(
         const auto codes = [&](auto w) {
             const uint8_t* const source = row.packed[w.number] + vector * kVectorBytes;
             BNB_PREFETCH(row.next.at(w.number, vector));
-            return ScaledCodes(local, load_words(source), row.scales[w.number] + 2 * vector);
+            return ScaledCodes<>(local, load_words(source), row.scales[w.number] + 2 * vector);
         };
         const auto step = [&](const auto&... decoded) {
             unrolled<kStepsOfVector>([&](auto s) {
@@ -123,7 +123,7 @@ BNB_INLINE void decode_panel(
     for (int64_t vector = 0; vector < vectors; ++vector) {
         unrolled<kDotWeights>([&](auto w) {
             const I32 words = load_words(row.packed[w.number] + vector * kVectorBytes);
-            const ScaledCodes codes(local, words, row.scales[w.number] + 2 * vector);
+            const ScaledCodes<> codes(local, words, row.scales[w.number] + 2 * vector);
             unrolled<kStepsOfVector>([&](auto s) {
                 store_words(panel + (s.number * kDotWeights + w.number) * kWidth, scaled_pairs<s.number>(codes));
             });

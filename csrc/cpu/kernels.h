@@ -131,9 +131,16 @@ struct Kernels {
 };
 
 // What AMX changes of the kernels of avx512bf16.
+template <class T>
+struct TypedTiledProducts {
+    void (*gemm_4bit)(const GemmProblem<T>& problem, int32_t threads);
+    void (*gemm_4bit_transposed)(const GemmProblem<T>& problem, int32_t threads);
+};
+
 struct TiledProducts {
-    void (*gemm_4bit)(const GemmProblem<BFloat16>& problem, int32_t threads);
-    void (*gemm_4bit_transposed)(const GemmProblem<BFloat16>& problem, int32_t threads);
+    TypedTiledProducts<float> float32;
+    TypedTiledProducts<Half> float16;
+    TypedTiledProducts<BFloat16> bfloat16;
 };
 
 // The chosen kernels: the best this machine runs, or those BNB_CPU_ISA names. Decided at the first call.

@@ -154,9 +154,10 @@ def test_any_codebook_and_block_size(variants, M, blocksize):
 
 @pytest.mark.parametrize(("K", "blocksize"), [(320, 64), (96, 32), (77, 64)])
 @pytest.mark.parametrize("M", [1, 2, 8, 12])
-def test_one_activation_finds_the_exact_float_of_its_code(variants, M, K, blocksize):
+@pytest.mark.parametrize("smallest", [-38, -6])
+def test_one_activation_finds_the_exact_float_of_its_code(variants, smallest, M, K, blocksize):
     """Each code of a row by itself, so that none is taken for another and no bit of an entry is lost."""
-    code = torch.randn(16) * torch.logspace(-38, 3, 16)
+    code = torch.randn(16) * torch.logspace(smallest, 3, 16)
     weight = Weight(40, K, blocksize, code)
     for name, library in variants.items():
         for k in torch.randperm(K).split(M) if name != "neon" else [torch.arange(M)]:  # an emulator is slow
@@ -164,6 +165,58 @@ def test_one_activation_finds_the_exact_float_of_its_code(variants, M, K, blocks
             A[range(len(k)), k] = 1.0
             expected = weight.decoded.T[k].float()  # a product of two floats, rounded once
             assert torch.equal(weight.multiply(library, A)[: len(k)], expected), (name, k)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 2, 8, 12, 40])
+def test_one_weight_finds_the_exact_float_of_its_activation(variants, M, dtype):
+    code = torch.zeros(16)
+    code[5] = 1.0
+    weight = Weight(100, 320, 64, code)
+    weight.packed.zero_()
+    weight.scales[0].fill_(1.0)
+    where = torch.randint(320, (100,))
+    at = torch.arange(100) * 320 + where
+    weight.packed[at // 2] = torch.where(at % 2 == 0, 0x50, 0x05).to(torch.uint8)
+    A = (torch.randn(M, 320) * torch.exp2(torch.randint(-20, 10, (M, 320)).float())).to(dtype)
+    G = A[:, :100].contiguous()
+    gradient = torch.zeros(M, 320, dtype=dtype)
+    gradient = gradient.double().index_add_(1, where, G.double()).to(dtype)
+    once = where.bincount(minlength=320) <= 1
+    for name, library in variants.items():
+        assert torch.equal(weight.multiply(library, A), A[:, where]), name
+        assert torch.equal(weight.multiply_transposed(library, G)[:, once], gradient[:, once]), name
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 4, 12, 40])
+def test_the_ends_of_the_range(variants, M, dtype):
+    """The largest values, infinities and NaN among activations and scales: nothing else overflows or becomes NaN."""
+    weight = Weight(128, 128, 64, torch.linspace(0.1, 1.0, 16) / 256)
+    A = torch.rand(M, 128).to(dtype)
+    A[0, 3] = torch.finfo(dtype).max
+    A[-1, 5], A[M // 2, 7] = math.inf, -torch.finfo(dtype).max
+    if M > 4:
+        A[3] = math.nan
+    for infinite in (False, True):
+        if infinite:
+            weight.scales[0][21] = math.inf  # half of row 10
+            weight.decoded[10, 64:] = math.inf
+        with_sizes = (weight.decoded.nan_to_num(0, 0, 0).abs(), A.double().nan_to_num(0, 0, 0).abs())
+        for multiply, W, size in (
+            (weight.multiply, weight.decoded.T, with_sizes[0].T),
+            (weight.multiply_transposed, weight.decoded, with_sizes[0]),
+        ):
+            expected = A.double() @ W
+            bound = (2 * torch.finfo(dtype).eps + 128 * torch.finfo(torch.float32).eps) * (
+                with_sizes[1] @ size
+            )
+            for name, library in variants.items():
+                result = multiply(library, A).double()
+                assert torch.equal(result.isnan(), expected.isnan()), (name, infinite)
+                assert torch.equal(result.isinf(), expected.isinf()), (name, infinite)
+                finite = expected.isfinite()
+                assert ((result - expected).abs() <= bound)[finite].all(), (name, infinite)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

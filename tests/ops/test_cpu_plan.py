@@ -20,8 +20,13 @@ PROCESSORS = [XEON, CASCADE_LAKE, ZEN_5, ZEN_3]
 
 @pytest.mark.parametrize("tiled", [True, False])
 @pytest.mark.parametrize("cpu", PROCESSORS)
-def test_float32_is_left_to_mkl_where_it_is_fast(cpu, tiled):
-    assert (dense_rows(torch.float32, tiled, cpu) <= 256) == (cpu in (XEON, CASCADE_LAKE))
+def test_float32_is_left_to_mkl_where_it_is_faster(cpu, tiled):
+    forced = cpu._replace(isa="avx512")
+
+    assert (dense_rows(torch.float32, tiled, cpu) <= 256) == (
+        cpu is CASCADE_LAKE or (cpu is XEON and not tiled)
+    )
+    assert (dense_rows(torch.float32, tiled, forced) <= 256) == cpu.fast_mkl
 
 
 @pytest.mark.parametrize("cpu", PROCESSORS)

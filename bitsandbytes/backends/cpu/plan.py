@@ -32,16 +32,17 @@ def dense_rows(dtype: torch.dtype, tiled: bool, cpu: Processor) -> float:
     """Infinite where our kernels are never slower; ``tiled`` says that blocks hold a multiple of 64 codes of a row.
 
     In bfloat16 only where torch has instructions that our kernels do not use: AMX where blocks are not ``tiled``, or
-    whatever this machine has when another instruction set is forced. In float32 where MKL comes nearer to the peak: on
-    a Xeon it takes 0.37 ms for a row more of 4096 x 4096 and our kernel 0.50, which makes good for 5 ms of decoding
-    from 110 rows on; 0.89 and 1.13 ms for one of 14336 x 4096, from 200 rows on.
+    whatever this machine has when another instruction set is forced. In float32 where our kernels do not use AMX and
+    MKL comes nearer to the peak: on a Xeon it takes 0.37 ms for a row more of 4096 x 4096 and our kernel 0.50, which
+    makes good for 5 ms of decoding from 110 rows on; 0.89 and 1.13 ms for one of 14336 x 4096, from 200 rows on.
     """
+    in_tiles = tiled and cpu.isa == "avx512amx"
     if dtype is torch.float32:
-        return 192 if cpu.fast_mkl else math.inf
+        return 192 if cpu.fast_mkl and not in_tiles else math.inf
     if dtype is not torch.bfloat16:
         return math.inf
     if cpu.amx:
-        return math.inf if tiled and cpu.isa == "avx512amx" else 32
+        return math.inf if in_tiles else 32
     return LEAST_DENSE_ROWS if cpu.avx512bf16 and cpu.isa not in ("avx512amx", "avx512bf16") else math.inf
 
 

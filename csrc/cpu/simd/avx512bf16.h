@@ -42,28 +42,49 @@ BNB_INLINE I32 round_to_pairs(F32 even, F32 odd) {
 }
 
 // The codes of a vector of packed words, decoded in four steps of a pair a lane. Its halves belong to two blocks, whose
-// absmax the sixteen values are multiplied with; the fifth bit of an index says which half it is in.
+// absmax the sixteen values are multiplied with: a table of 32, one bit of whose index says which half a code is in.
+//
+// In parts, a value is their sum, each the leading eight bits of what those before it leave.
+template <int kParts = 1>
 struct ScaledCodes {
-    __m512i values;
+    __m512i values[kParts];
     __m512i low, high;  // the index of each byte's low and high nibble
 
-    ScaledCodes(const Table16& table, I32 words, const float* scales) {
-        const __m512i nibble = _mm512_set1_epi8(15);
-        const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
+    BNB_INLINE ScaledCodes(const Table16& table, I32 words, const float* scales) {
+        __m512 first = _mm512_mul_ps(table.v, _mm512_set1_ps(scales[0]));
+        __m512 second = _mm512_mul_ps(table.v, _mm512_set1_ps(scales[1]));
         constexpr int kAndOr = 0xea;  // (first & second) | third
-        values = (__m512i)_mm512_cvtne2ps_pbh(
-            _mm512_mul_ps(table.v, _mm512_set1_ps(scales[1])), _mm512_mul_ps(table.v, _mm512_set1_ps(scales[0])));
-        low = _mm512_ternarylogic_epi64(words.v, nibble, half, kAndOr);
-        high = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words.v, 4), nibble, half, kAndOr);
+        if constexpr (kParts == 1) {  // one block's values after the other's
+            const __m512i nibble = _mm512_set1_epi8(15);
+            const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
+            values[0] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+            low = _mm512_ternarylogic_epi64(words.v, nibble, half, kAndOr);
+            high = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words.v, 4), nibble, half, kAndOr);
+        } else {  // value by value of both
+            const __m512i leading = _mm512_set1_epi32(int32_t(0xffff0000));
+            const __m512i nibble = _mm512_set1_epi8(30);
+            const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(1), 1);
+            const auto part_of = [&](__m512& value) BNB_INLINE_BODY {
+                const __m512i part = _mm512_and_si512(_mm512_castps_si512(value), leading);
+                value = _mm512_sub_ps(value, _mm512_castsi512_ps(part));
+                return part;
+            };
+            for (int part = 0; part < kParts; ++part) {
+                const __m512i low_half = _mm512_srli_epi32(part_of(first), 16);
+                values[part] = _mm512_or_si512(low_half, part_of(second));
+            }
+            low = _mm512_ternarylogic_epi64(_mm512_slli_epi16(words.v, 1), nibble, half, kAndOr);
+            high = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words.v, 3), nibble, half, kAndOr);
+        }
     }
 };
 
 constexpr int kStepCode[4] = {1, 0, 3, 2};  // 16-bit lane i holds code 4 * i + kStepCode[step]
 
-template <int step>
-BNB_INLINE I32 scaled_pairs(const ScaledCodes& codes) {
+template <int step, int part = 0, int kParts>
+BNB_INLINE I32 scaled_pairs(const ScaledCodes<kParts>& codes) {
     const __m512i bytes = step % 2 ? codes.high : codes.low;
-    return {_mm512_permutexvar_epi16(step < 2 ? bytes : _mm512_srli_epi16(bytes, 8), codes.values)};
+    return {_mm512_permutexvar_epi16(step < 2 ? bytes : _mm512_srli_epi16(bytes, 8), codes.values[part])};
 }
 
 // Activations of 128 codes in that order: step s at target + s * stride.

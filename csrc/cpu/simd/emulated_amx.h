@@ -26,12 +26,12 @@ BNB_INLINE void amx_store(void* target) {
 template <int sum, int first, int second>
 BNB_INLINE void amx_add_products() {
     for (int i = 0; i < kAmxRows; ++i) {
-        F32 row = from_bits(load_words(emulated_registers[sum][i]));
+        F32 row = broadcast(0.0f);  // as in the instruction, products are added up before the sum before them is added
         for (int k = 0; k < kAmxRows; ++k) {
             const I32 word = broadcast(static_cast<int32_t>(emulated_registers[first][i][k]));
             row = add_pair_products(row, load_words(emulated_registers[second][k]), word);
         }
-        store_words(emulated_registers[sum][i], bits(row));
+        store_words(emulated_registers[sum][i], bits(from_bits(load_words(emulated_registers[sum][i])) + row));
     }
 }
 
