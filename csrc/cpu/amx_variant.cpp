@@ -1,4 +1,4 @@
-// Products with a 4-bit weight compiled for AMX; nothing else uses it (see variant.cpp for the other kernels).
+// Products with a 4-bit weight compiled for AMX (see variant.cpp for the other kernels). int8_variant.cpp is, too.
 
 #include <cstdint>
 #include <cstring>

@@ -32,7 +32,8 @@ extern const Kernels variant_kernels;
 #ifdef BNB_HAVE_AVX512AMX
 namespace avx512amx {
 extern const TiledProducts tiled_products;
-}
+extern const Int8Kernels variant_int8_kernels;
+}  // namespace avx512amx
 #endif
 #ifdef BNB_HAVE_AVX512VNNI
 namespace avx512vnni {
@@ -77,10 +78,10 @@ bool has_avx512amx() {
     return has_avx512bf16();
 #else
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, int8
     unsigned eax, ebx, ecx, edx;
-    return has_avx512bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16) &&
-           (edx & kAmxTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return has_avx512bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmx) == kAmx &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #endif
 }
 
@@ -100,7 +101,7 @@ const Kernels kAmxKernels = [] {
 
 const Candidate kCandidates[] = {
 #ifdef BNB_HAVE_AVX512AMX
-    {&kAmxKernels, &avx512::variant_int8_kernels, has_avx512amx},
+    {&kAmxKernels, &avx512amx::variant_int8_kernels, has_avx512amx},
 #endif
 #ifdef BNB_HAVE_AVX512BF16
     {&avx512bf16::variant_kernels, &avx512::variant_int8_kernels, has_avx512bf16},
@@ -144,7 +145,8 @@ struct Choice {
             int8_kernels = candidate.int8_kernels;
         }
         const bool wide = kernels && std::strncmp(kernels->name, "avx512", 6) == 0 && forced != "avx512";
-        if (wide && vnni_kernels()) int8_kernels = vnni_kernels();
+        const bool tiles = wide && std::strcmp(kernels->name, "avx512amx") == 0;
+        if (wide && !tiles && vnni_kernels()) int8_kernels = vnni_kernels();
     }
 };
 

@@ -16,6 +16,7 @@
 // meet panels that lie in the first-level cache, beside the sums, piece by piece of the depth.
 #pragma once
 
+#include "fetch_lines.inl"
 #include "gemm_4bit_pairs.inl"
 
 #ifdef BNB_HAVE_AMX
@@ -129,21 +130,6 @@ BNB_INLINE void add_tile_step(const uint32_t* first, const uint32_t* second, int
 
 struct FetchNothing {
     BNB_INLINE void operator()() const {}
-};
-
-// Fetches `share` lines at a time of rows' codes into the second-level cache, in the order of addresses: who asked for
-// all of them at once would wait.
-struct FetchLines {
-    const uint8_t* row;
-    int64_t stride, lines;  // bytes from row to row, lines of each
-    int64_t share = 0, line = 0;
-
-    BNB_INLINE void operator()() {
-        for (int64_t i = 0; i < share; ++i) {
-            BNB_PREFETCH_FAR(row + line * kVectorBytes);
-            if (++line == lines) line = 0, row += stride;
-        }
-    }
 };
 
 // sums [kFirst][kSecond] tiles, `stride` tiles from row to row, += products of tiles over `count` steps. Parts of each

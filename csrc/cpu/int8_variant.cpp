@@ -1,4 +1,5 @@
-// The LLM.int8() kernels for one instruction set, as variant.cpp is for the others; compiled for VNNI besides.
+// The LLM.int8() kernels for one instruction set, as variant.cpp is for the others; compiled for VNNI
+// and for AMX besides.
 
 #include <cstdint>
 #include <cstring>

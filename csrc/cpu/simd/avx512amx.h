@@ -1,4 +1,5 @@
-// What AMX adds to avx512bf16.h: eight tile registers of 16 rows of 16 words, and products of them in bfloat16 pairs.
+// What AMX adds to avx512bf16.h: eight tile registers of 16 rows of 16 words, and products of them in bfloat16 pairs
+// and in int8.
 //
 // The registers have numbers, which are template arguments. Denormals are taken as zero.
 #pragma once
@@ -67,10 +68,10 @@ class AmxRegisters {
     AmxRegisters& operator=(const AmxRegisters&) = delete;
 };
 
-// A register from and to 256 words in a row.
+// A register from rows `pitch` bytes apart; from and to 256 words in a row.
 template <int number>
-BNB_INLINE void amx_load(const void* source) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(source), "r"(int64_t(4 * kAmxRows)), "i"(number) : "memory");
+BNB_INLINE void amx_load(const void* source, int64_t pitch = 4 * kAmxRows) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(source), "r"(pitch), "i"(number) : "memory");
 }
 template <int number>
 BNB_INLINE void amx_zero() {
@@ -85,6 +86,12 @@ BNB_INLINE void amx_store(void* target) {
 template <int sum, int first, int second>
 BNB_INLINE void amx_add_products() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(first), "i"(second));
+}
+
+// The same of int8 and int32: over words k and their bytes.
+template <int sum, int first, int second>
+BNB_INLINE void amx_add_int8_products() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(first), "i"(second));
 }
 
 BNB_NAMESPACE_END

@@ -11,8 +11,10 @@ struct AmxRegisters {
 };
 
 template <int number>
-BNB_INLINE void amx_load(const void* source) {
-    memcpy(emulated_registers[number], source, sizeof(emulated_registers[number]));
+BNB_INLINE void amx_load(const void* source, int64_t pitch = 4 * kAmxRows) {
+    for (int i = 0; i < kAmxRows; ++i) {
+        memcpy(emulated_registers[number][i], static_cast<const uint8_t*>(source) + i * pitch, 4 * kAmxRows);
+    }
 }
 template <int number>
 BNB_INLINE void amx_zero() {
@@ -32,6 +34,21 @@ BNB_INLINE void amx_add_products() {
             row = add_pair_products(row, load_words(emulated_registers[second][k]), word);
         }
         store_words(emulated_registers[sum][i], bits(from_bits(load_words(emulated_registers[sum][i])) + row));
+    }
+}
+
+template <int sum, int first, int second>
+BNB_INLINE void amx_add_int8_products() {
+    const auto byte = [](uint32_t word, int b) { return int32_t(int8_t(word >> 8 * b)); };
+    for (int i = 0; i < kAmxRows; ++i) {
+        for (int j = 0; j < kAmxRows; ++j) {
+            uint32_t added = 0;
+            for (int k = 0; k < 4 * kAmxRows; ++k) {
+                const uint32_t a = emulated_registers[first][i][k / 4], b = emulated_registers[second][k / 4][j];
+                added += static_cast<uint32_t>(byte(a, k % 4) * byte(b, k % 4));
+            }
+            emulated_registers[sum][i][j] += added;
+        }
     }
 }
 

@@ -18,7 +18,7 @@
 
 BNB_NAMESPACE_BEGIN
 
-#if defined(BNB_SIMD_AVX512) || defined(BNB_SIMD_AVX512BF16)
+#if defined(BNB_SIMD_AVX512) || defined(BNB_SIMD_AVX512BF16) || defined(BNB_SIMD_AVX512AMX)
 
 BNB_INLINE F32 to_float(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
 BNB_INLINE I32 load_sums(const int32_t* source) { return {_mm512_loadu_si512(source)}; }
