@@ -24,7 +24,6 @@
 BNB_NAMESPACE_BEGIN
 
 constexpr int64_t kAmxDepth = 2 * kAmxRows;                    // values of a tile's row
-constexpr int64_t kAmxTile = kAmxRows * kAmxRows;              // words of a tile
 constexpr int64_t kAmxVectorTiles = kVectorCodes / kAmxDepth;  // tiles that a vector of 16 rows' codes becomes
 constexpr int64_t kMostAmxRows = 256;                          // activations of a pass
 constexpr int64_t kAmxSpan = 2048;    // depth over which so many stay in the second-level cache

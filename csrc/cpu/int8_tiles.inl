@@ -13,12 +13,10 @@
 
 BNB_NAMESPACE_BEGIN
 
-constexpr int64_t kAmxBytes = 4 * kAmxRows;         // of a tile's row
-constexpr int64_t kAmxWords = kAmxRows * kAmxRows;  // of a tile
-constexpr int64_t kLeastTiledRows = 7;              // of A: more than the other kernel takes at once
-constexpr int64_t kMostTiledRows = 256;             // of A, in a pass
-constexpr int64_t kSpanSteps = 64;                  // of 64 bytes
-constexpr int64_t kTiledColumns = 256;              // that take turns at the spans: four ranges
+constexpr int64_t kLeastTiledRows = 7;   // of A: more than the other kernel takes at once
+constexpr int64_t kMostTiledRows = 256;  // of A, in a pass
+constexpr int64_t kSpanSteps = 64;       // of 64 bytes
+constexpr int64_t kTiledColumns = 256;   // that take turns at the spans: four ranges
 
 // Rows of A in tiles whose words are four bytes of each row: [span][16 rows][step].
 struct Int8Tiles {
@@ -27,7 +25,7 @@ struct Int8Tiles {
 
     int64_t span_at(int64_t step) const { return smaller(kSpanSteps, steps - step); }
     uint32_t* at(int64_t span, int64_t group) const {
-        return words + (span * groups + group * span_at(span)) * kAmxWords;
+        return words + (span * groups + group * span_at(span)) * kAmxTile;
     }
 
     // Take over the group of 16 rows from m on; past the last they repeat it.
@@ -51,7 +49,7 @@ template <int kTiles, int kGroups>
 void add_int8_tiles(
     const int8_t* b, int64_t pitch, const uint32_t* a, int64_t count, bool first, int32_t* sums, int64_t stride,
     FetchLines& fetch) {
-    const auto tile_at = [&](int i) { return sums + (i / kGroups * stride + i % kGroups) * kAmxWords; };
+    const auto tile_at = [&](int i) { return sums + (i / kGroups * stride + i % kGroups) * kAmxTile; };
     unrolled<kTiles * kGroups>([&](auto i) {
         if (first) {
             amx_zero<i.number>();
@@ -59,8 +57,8 @@ void add_int8_tiles(
             amx_load<i.number>(tile_at(i.number));
         }
     });
-    const int64_t tile_rows = kAmxRows * pitch, group = count * kAmxWords;
-    for (int64_t step = 0; step < count; ++step, b += kAmxBytes, a += kAmxWords) {
+    const int64_t tile_rows = kAmxRows * pitch, group = count * kAmxTile;
+    for (int64_t step = 0; step < count; ++step, b += kAmxBytes, a += kAmxTile) {
         if constexpr (kGroups == 2) {
             static_assert(kTiles == 2);
             amx_load<4>(b, pitch);
@@ -87,9 +85,9 @@ void add_int8_tiles(
 
 // Rows of B as tiles read them, `rows` together: where they are, or a copy where reading whole steps would go past the
 // last one.
-class TiledRows8 {
+class WeightTiles {
   public:
-    TiledRows8(const int8_t* B, int64_t N, int64_t K, int64_t rows, int64_t last)
+    WeightTiles(const int8_t* B, int64_t N, int64_t K, int64_t rows, int64_t last)
         : B_(B),
           N_(N),
           K_(K),
@@ -122,7 +120,7 @@ class TiledRows8 {
 template <class Range>
 void write_int8_rows(const Int8Rows& A, const int32_t* tiles, int64_t stride, int64_t m, Range& range) {
     alignas(64) int32_t sums[kAmxRows][kTaskColumns];
-    for (int64_t n = 0; n < kTaskColumns; n += kAmxRows, tiles += stride * kAmxWords) {
+    for (int64_t n = 0; n < kTaskColumns; n += kAmxRows, tiles += stride * kAmxTile) {
         const void* row[kWidth];
         for (int i = 0; i < kAmxRows; ++i) row[i] = tiles + i * kAmxRows;
         I32 words[kWidth];
@@ -139,24 +137,24 @@ template <int kTiles, int kGroups>
 void add_int8_columns(
     const int8_t* B, int64_t N, int64_t K, const Int8Tiles& a, int64_t first, int64_t last, int32_t* sums) {
     constexpr int64_t kRows = kTiles * kAmxRows;
-    const TiledRows8 weight(B, N, K, kRows, last);
+    const WeightTiles weight(B, N, K, kRows, last);
     for (int64_t span = 0; span < a.steps; span += kSpanSteps) {
         const int64_t count = a.span_at(span), turns = (a.groups + kGroups - 1) / kGroups * count;
         for (int64_t n = first; n < last; n += kRows) {
-            const TiledRows8::Rows rows = weight.at(n);
+            const WeightTiles::Rows rows = weight.at(n);
             const int8_t* const b = rows.first + span * kAmxBytes;
             const int8_t* const next = B + (n + kRows) * K + span * kAmxBytes;
             FetchLines fetch{reinterpret_cast<const uint8_t*>(next), K, count};
             fetch.share = (kRows * count + turns - 1) / turns;
-            int32_t* const target = sums + (n - first) / kAmxRows * a.groups * kAmxWords;
+            int32_t* const target = sums + (n - first) / kAmxRows * a.groups * kAmxTile;
             int64_t g = 0;
             for (; g + kGroups <= a.groups; g += kGroups) {
                 add_int8_tiles<kTiles, kGroups>(
-                    b, rows.pitch, a.at(span, g), count, span == 0, target + g * kAmxWords, a.groups, fetch);
+                    b, rows.pitch, a.at(span, g), count, span == 0, target + g * kAmxTile, a.groups, fetch);
             }
             if (g < a.groups) {
                 add_int8_tiles<kTiles, 1>(
-                    b, rows.pitch, a.at(span, g), count, span == 0, target + g * kAmxWords, a.groups, fetch);
+                    b, rows.pitch, a.at(span, g), count, span == 0, target + g * kAmxTile, a.groups, fetch);
             }
         }
     }
@@ -187,9 +185,9 @@ void int8_tiled_product(const Int8Rows& A, const int8_t* B, int64_t N, int32_t t
             }
             for (int64_t n = first; n < last; n += kTaskColumns) {
                 Range range(finish, n, smaller(last, n + kTaskColumns));
-                const int32_t* const of_range = sums + (n - first) / kAmxRows * a.groups * kAmxWords;
+                const int32_t* const of_range = sums + (n - first) / kAmxRows * a.groups * kAmxTile;
                 for (int64_t r = 0; r < rows; r += kAmxRows) {
-                    write_int8_rows(A, of_range + r / kAmxRows * kAmxWords, a.groups, m + r, range);
+                    write_int8_rows(A, of_range + r / kAmxRows * kAmxTile, a.groups, m + r, range);
                 }
             }
         });

@@ -109,7 +109,7 @@ _HAS_VNNI = torch.cpu._is_vnni_supported()  # without, torch's int8 product may 
 _HAS_TILES = torch.cpu._is_amx_tile_supported()
 
 # Up to so many rows our kernel is the fastest, by instruction set: benchmarking/bench_int8.py. Beyond, torch's product
-# is, or without VNNI the default backend's in float32.
+# is, if a set without AMX is forced, or without VNNI the default backend's in float32.
 _OWN_ROWS = {b"avx512vnni": 16 if _HAS_TILES else None, b"scalar": 0 if _HAS_VNNI else 2}
 
 _SMALL_ROWS = 64  # below which the host's share of a call counts

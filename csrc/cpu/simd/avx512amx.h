@@ -10,7 +10,9 @@
 
 BNB_NAMESPACE_BEGIN
 
-constexpr int kAmxRows = 16;  // rows of a register, and words of a row
+constexpr int kAmxRows = 16;                       // rows of a register, and words of a row
+constexpr int64_t kAmxBytes = 4 * kAmxRows;        // of a row
+constexpr int64_t kAmxTile = kAmxRows * kAmxRows;  // words of a register
 
 // Pairs from two rows' decoded steps: those of codes that store_columns puts into order again.
 BNB_INLINE void interleave(I32 even, I32 odd, I32& low, I32& high) {
@@ -70,7 +72,7 @@ class AmxRegisters {
 
 // A register from rows `pitch` bytes apart; from and to 256 words in a row.
 template <int number>
-BNB_INLINE void amx_load(const void* source, int64_t pitch = 4 * kAmxRows) {
+BNB_INLINE void amx_load(const void* source, int64_t pitch = kAmxBytes) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(source), "r"(pitch), "i"(number) : "memory");
 }
 template <int number>
@@ -79,7 +81,7 @@ BNB_INLINE void amx_zero() {
 }
 template <int number>
 BNB_INLINE void amx_store(void* target) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(target), "r"(int64_t(4 * kAmxRows)), "i"(number) : "memory");
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(target), "r"(kAmxBytes), "i"(number) : "memory");
 }
 
 // sum [i][j] += over words k and their halves: first [i][k] * second [k][j].

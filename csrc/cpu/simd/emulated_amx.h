@@ -11,9 +11,9 @@ struct AmxRegisters {
 };
 
 template <int number>
-BNB_INLINE void amx_load(const void* source, int64_t pitch = 4 * kAmxRows) {
+BNB_INLINE void amx_load(const void* source, int64_t pitch = kAmxBytes) {
     for (int i = 0; i < kAmxRows; ++i) {
-        memcpy(emulated_registers[number][i], static_cast<const uint8_t*>(source) + i * pitch, 4 * kAmxRows);
+        memcpy(emulated_registers[number][i], static_cast<const uint8_t*>(source) + i * pitch, kAmxBytes);
     }
 }
 template <int number>
@@ -43,7 +43,7 @@ BNB_INLINE void amx_add_int8_products() {
     for (int i = 0; i < kAmxRows; ++i) {
         for (int j = 0; j < kAmxRows; ++j) {
             uint32_t added = 0;
-            for (int k = 0; k < 4 * kAmxRows; ++k) {
+            for (int k = 0; k < kAmxBytes; ++k) {
                 const uint32_t a = emulated_registers[first][i][k / 4], b = emulated_registers[second][k / 4][j];
                 added += static_cast<uint32_t>(byte(a, k % 4) * byte(b, k % 4));
             }
