@@ -8,6 +8,7 @@
 
 #include "gemm_4bit_activations.inl"
 #include "gemm_4bit_amx.inl"
+#include "gemm_4bit_amx_transposed.inl"
 #include "gemm_4bit_pairs.inl"
 #include "gemm_4bit_panel.inl"
 
