@@ -180,8 +180,7 @@ def test_one_weight_finds_the_exact_float_of_its_activation(variants, M, dtype):
     weight.packed[at // 2] = torch.where(at % 2 == 0, 0x50, 0x05).to(torch.uint8)
     A = (torch.randn(M, 320) * torch.exp2(torch.randint(-20, 10, (M, 320)).float())).to(dtype)
     G = A[:, :100].contiguous()
-    gradient = torch.zeros(M, 320, dtype=dtype)
-    gradient = gradient.double().index_add_(1, where, G.double()).to(dtype)
+    gradient = torch.zeros(M, 320, dtype=torch.float64).index_add_(1, where, G.double()).to(dtype)
     once = where.bincount(minlength=320) <= 1
     for name, library in variants.items():
         assert torch.equal(weight.multiply(library, A), A[:, where]), name
@@ -202,15 +201,13 @@ def test_the_ends_of_the_range(variants, M, dtype):
         if infinite:
             weight.scales[0][21] = math.inf  # half of row 10
             weight.decoded[10, 64:] = math.inf
-        with_sizes = (weight.decoded.nan_to_num(0, 0, 0).abs(), A.double().nan_to_num(0, 0, 0).abs())
+        sizes = weight.decoded.nan_to_num(0, 0, 0).abs()
         for multiply, W, size in (
-            (weight.multiply, weight.decoded.T, with_sizes[0].T),
-            (weight.multiply_transposed, weight.decoded, with_sizes[0]),
+            (weight.multiply, weight.decoded.T, sizes.T),
+            (weight.multiply_transposed, weight.decoded, sizes),
         ):
-            expected = A.double() @ W
-            bound = (2 * torch.finfo(dtype).eps + 128 * torch.finfo(torch.float32).eps) * (
-                with_sizes[1] @ size
-            )
+            expected, size = A.double() @ W, A.double().nan_to_num(0, 0, 0).abs() @ size
+            bound = (2 * torch.finfo(dtype).eps + 128 * torch.finfo(torch.float32).eps) * size
             for name, library in variants.items():
                 result = multiply(library, A).double()
                 assert torch.equal(result.isnan(), expected.isnan()), (name, infinite)
