@@ -16,7 +16,8 @@ BNB_NAMESPACE_BEGIN
 
 constexpr int64_t kMostAmxRows = 256;  // activations of a pass
 constexpr int64_t kAmxSpan = 2048;     // depth over which so many stay in the second-level cache
-constexpr int64_t kAmxColumns = 256;   // columns that take turns at the spans
+constexpr int64_t kAmxColumns = 256;   // columns that take turns at the spans, and most of a task
+constexpr int64_t kTasksOfThread = 4;  // at least, if there are columns: what a task fetches last is the next one's
 
 // Activations from which on tiles are faster than what streams or multiplies in float32.
 constexpr int64_t least_amx_rows(int parts) { return parts == 1 ? 2 : parts == 2 ? 5 : 10; }
@@ -65,6 +66,10 @@ BNB_INLINE void decode_tiles(
         });
     }
 }
+
+// Tiles of weights times so many tiles of activations. With one part decoding limits, and 16 rows that follow each
+// other in memory are decoded fastest; more parts share the loads of activations.
+constexpr int few_tiles(int groups, int parts) { return parts == 1 ? groups : 4 / groups; }
 
 // Tiles of weights that are decoded together, while those before them are multiplied: parts need as much more of the
 // first-level cache, which has to hold the activations that they share besides.
@@ -241,7 +246,8 @@ template <class T>
 bool multiply_amx(const GemmProblem<T>& p, int32_t threads) {
     constexpr int kParts = kPartsOf<T>;
     constexpr int64_t kPanelRows = 4 * kAmxRows;  // at most
-    constexpr int64_t kFewRows = tiles_together(4, kParts) * kAmxRows, kManyRows = 2 * kAmxRows;
+    constexpr int kTiles = few_tiles(1, kParts), kTilesOfTwo = few_tiles(2, kParts);
+    constexpr int64_t kFewRows = tiles_together(kTilesOfTwo, kParts) * kAmxRows, kManyRows = 2 * kAmxRows;
     if (kParts > 1 && !splits(p.code)) return false;
     const WordPanels<PairEngine> source{p.packed, p.scales, PairTable(p.code), p.N, p.K, p.blocksize, kScaledCodes};
     const Table16 table(p.code);
@@ -251,7 +257,10 @@ bool multiply_amx(const GemmProblem<T>& p, int32_t threads) {
     for_amx_activations<kParts, kVectorCodes, kMostAmxRows>(
         p.A, p.M, p.K, piece, threads, pack_amx_codes, [&](const AmxActivations<kParts>& a, int64_t m, int64_t rows) {
             const Output<T> output{p.out + m * p.N, p.bias, p.N};
-            const int64_t panels = kTaskProducts / a.depth / a.rows / kPanelRows + 1;
+            const int64_t share = p.N / kTasksOfThread / (threads > 0 ? threads : 1);
+            const int64_t most = (share < kAmxColumns ? share : kAmxColumns) / kPanelRows;
+            const int64_t least = kTaskProducts / a.depth / a.rows / kPanelRows + 1;
+            const int64_t panels = least < most ? most : least;
             const int64_t grain = few || a.depth <= span_of(a) ? panels * kPanelRows : kAmxColumns;
             parallel_for(p.N, grain, threads, [&](int64_t first, int64_t last) {
                 const AmxRegisters registers;
@@ -262,9 +271,9 @@ bool multiply_amx(const GemmProblem<T>& p, int32_t threads) {
                 const Scratch memory(static_cast<size_t>(columns * a.rows) * sizeof(float));
                 float* const sums = memory.as<float>();
                 if (few && a.rows == kAmxRows) {
-                    multiply_columns<4, 1>(weight, table, a, first, last, panel.as<uint32_t>(), sums);
+                    multiply_columns<kTiles, 1>(weight, table, a, first, last, panel.as<uint32_t>(), sums);
                 } else if (few) {
-                    multiply_columns<2, 2>(weight, table, a, first, last, panel.as<uint32_t>(), sums);
+                    multiply_columns<kTilesOfTwo, 2>(weight, table, a, first, last, panel.as<uint32_t>(), sums);
                 } else {
                     memset(sums, 0, static_cast<size_t>(columns * a.rows) * sizeof(float));
                     multiply_columns(weight, table, a, first, last, panel.as<uint32_t>(), sums);
