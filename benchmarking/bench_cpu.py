@@ -4,7 +4,9 @@ Every row's baseline is torch's dense layer of the same dtype with the same thre
 "24 layers in turn" reads weights that no cache holds, as decoding a token does. Bytes are what must be read and written:
 activations, weight, output.
 
-    python benchmarking/bench_cpu.py [--threads 1] [--no-write]
+    python benchmarking/bench_cpu.py [--threads 1] [--rows 1 4] [--no-write]
+
+Given rows, only products with so many are measured, inference alone.
 
 Where BNB_CPU_ISA forces an instruction set, only products are measured, against the dense layer, which torch computes
 with all that the machine has, and against dequantizing with that set before torch multiplies:
@@ -43,7 +45,9 @@ def weight(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return (torch.randn(shape) / shape[1] ** 0.5).to(dtype)
 
 
-def bench_products(report: Report, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def bench_products(
+    report: Report, shape: tuple[int, int], dtype: torch.dtype, numbers_of_rows: list[int]
+) -> None:
     dense = weight(shape, dtype)
     layer, held = quantized(dense)
 
@@ -54,7 +58,7 @@ def bench_products(report: Report, shape: tuple[int, int], dtype: torch.dtype) -
         name = f"nf4 linear M={rows}"
         report.add(row(name, "dense linear", times, shape=shape, dtype=dtype, device="cpu", moved=moved))
 
-    for rows in ROWS:
+    for rows in numbers_of_rows:
         if dtype == torch.bfloat16 or rows * shape[0] <= 1024 * 4096:  # else torch alone takes seconds
             bench(rows)
 
@@ -132,11 +136,13 @@ def bench_threads(report: Report, shape: tuple[int, int], dtype: torch.dtype, ro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--rows", type=int, nargs="+", help="rows of activations (all kinds of measurements)")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
 
     forced = os.environ.get("BNB_CPU_ISA")
-    report = Report(f"cpu-4bit-{forced}" if forced else "cpu-4bit")
+    name = f"cpu-4bit-{forced}" if forced else "cpu-4bit"
+    report = Report(f"{name}-rows" if options.rows else name)
     for threads in options.threads:
         torch.set_num_threads(threads)
         if forced:
@@ -144,12 +150,14 @@ def main() -> None:
             continue
         for dtype in (torch.bfloat16, torch.float32):
             for shape in SHAPES:
-                bench_products(report, shape, dtype)
-        bench_products(report, SHAPES[0], torch.float16)
+                bench_products(report, shape, dtype, options.rows or ROWS)
+        bench_products(report, SHAPES[0], torch.float16, options.rows or ROWS)
+        if options.rows:
+            continue
         bench_layers(report, SHAPES[0], torch.bfloat16)
         for rows in TRAINED_ROWS:
             bench_training(report, SHAPES[0], torch.bfloat16, rows)
-    if (os.cpu_count() or 1) > 1 and not forced:
+    if (os.cpu_count() or 1) > 1 and not forced and not options.rows:
         for rows in ROWS:
             bench_threads(report, SHAPES[0], torch.bfloat16, rows)
     if not options.no_write:

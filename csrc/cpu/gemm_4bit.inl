@@ -3,12 +3,14 @@
 // Half a byte is read for a weight; each output is summed by one thread in one order. Few activations stream the weight
 // through registers (stream_rows); more decode it panel by panel into the cache, once for up to kMaxRows of them
 // (multiply_tile). Activations are packed once into the order the kernels read them in. Products in pairs of bfloat16
-// have kernels of their own where blocks allow (gemm_4bit_pairs.inl), and so have tiles of them (gemm_4bit_amx.inl).
+// have kernels of their own where blocks allow (gemm_4bit_pairs.inl), and so have tiles of them (gemm_4bit_amx.inl) and
+// integers (gemm_4bit_integers.inl).
 #pragma once
 
 #include "gemm_4bit_activations.inl"
 #include "gemm_4bit_amx.inl"
 #include "gemm_4bit_amx_transposed.inl"
+#include "gemm_4bit_integers.inl"
 #include "gemm_4bit_pairs.inl"
 #include "gemm_4bit_panel.inl"
 
@@ -217,7 +219,13 @@ void gemm_4bit(const GemmProblem<T>& p, int32_t threads) {
     if (segment % kWordCodes == 0) {
         if (p.M <= kStreamRows && can_stream(segment)) {
             using Streaming = typename StreamEngineOf<T>::type;
-            return stream(p, word_panels<Streaming>(p, segment), threads);
+            const WordPanels<Streaming> source = word_panels<Streaming>(p, segment);
+#ifdef BNB_HAVE_BYTE_TABLES
+            if constexpr (sizeof(T) == 2) {
+                if (stream_integers(p, source, threads)) return;
+            }
+#endif
+            return stream(p, source, threads);
         }
         const auto multiply = [&](const auto& source) {
             for_activations<Engine>(

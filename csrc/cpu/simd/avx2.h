@@ -362,6 +362,34 @@ BNB_INLINE F32 lookup_bytes(const ByteTable<4>& table, I32 words) {
     return {_mm256_castsi256_ps(interleave<2, (step & 1) != 0>(lower, upper))};
 }
 
+// Sixteen integers of 16 bits as tables of their bytes.
+struct IntegerTable {
+    __m256i bytes[2];
+
+    explicit IntegerTable(const int16_t* values) {
+        for (int b = 0; b < 2; ++b) {
+            uint8_t column[16];
+            for (int i = 0; i < 16; ++i) column[i] = static_cast<uint8_t>(uint32_t(values[i]) >> 8 * b);
+            bytes[b] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(column)));
+        }
+    }
+};
+
+// Step s of four for the 64 codes of eight words: the i-th of sixteen is that of code integer_step_code(s, i).
+template <int step>
+BNB_INLINE I32 lookup_integers(const IntegerTable& table, I32 words) {
+    const __m256i codes = nibbles<step / 2 == 0>(words);
+    return {interleave<1, step % 2 != 0>(
+        _mm256_shuffle_epi8(table.bytes[0], codes), _mm256_shuffle_epi8(table.bytes[1], codes))};
+}
+
+constexpr int integer_step_code(int step, int i) { return 2 * (16 * (i / 8) + 8 * (step % 2) + i % 8) + step / 2; }
+
+// Of two neighbouring integers each, the sum of the products.
+BNB_INLINE I32 integer_products(I32 a, I32 b) { return {_mm256_madd_epi16(a.v, b.v)}; }
+
+BNB_INLINE F32 to_floats(I32 x) { return {_mm256_cvtepi32_ps(x.v)}; }
+
 template <int kBytes>
 constexpr int byte_step_code(int step, int lane) {
     if (kBytes == 4) return 8 * (lane / 4 * 4 + step % 4) + 2 * (lane % 4) + step / 4;
