@@ -63,12 +63,14 @@ def bench_products(
             bench(rows)
 
 
-def bench_forced(report: Report, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def bench_forced(
+    report: Report, shape: tuple[int, int], dtype: torch.dtype, numbers_of_rows: list[int]
+) -> None:
     """Products of the forced instruction set; a fused one has to be no slower than its two halves."""
     dense = weight(shape, dtype)
     packed, state = F.quantize_4bit(dense, quant_type="nf4", blocksize=64)
     rebuilt = torch.empty_like(dense)
-    for rows in FORCED_ROWS:
+    for rows in numbers_of_rows:
         A = torch.randn(rows, shape[1], dtype=dtype)
         moved = packed.nbytes + state.absmax.nbytes + A.nbytes + rows * shape[0] * dtype.itemsize
         baselines: dict[str, Callable[[], Tensor]] = {
@@ -136,7 +138,9 @@ def bench_threads(report: Report, shape: tuple[int, int], dtype: torch.dtype, ro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--rows", type=int, nargs="+", help="rows of activations (all kinds of measurements)")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", help="of activations; all other measurements are left out"
+    )
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
 
@@ -146,7 +150,7 @@ def main() -> None:
     for threads in options.threads:
         torch.set_num_threads(threads)
         if forced:
-            bench_forced(report, SHAPES[0], torch.bfloat16)
+            bench_forced(report, SHAPES[0], torch.bfloat16, options.rows or FORCED_ROWS)
             continue
         for dtype in (torch.bfloat16, torch.float32):
             for shape in SHAPES:

@@ -3,7 +3,7 @@
 // Where a code is looked up byte by byte, half as many instructions make integers of it as make floats, and one
 // multiplies two of them. Codes are multiples of 2^-14 of the largest and activations of the largest of the 64 that
 // meet a vector of codes, each rounded less than bfloat16 rounds most, and the sum of a vector is exact. Where the
-// largest is much more than the others, what rounding leaves of them is multiplied too.
+// largest is much more than most, what rounding leaves of them is multiplied too.
 #pragma once
 
 #include "gemm_4bit_activations.inl"
@@ -21,8 +21,8 @@ constexpr int kIntegerSteps = 4;               // of a vector of codes
 constexpr int kIntegerWeights = 4;             // weight rows that are read together
 constexpr int64_t kIntegerDepth = 8192;        // codes times rows at a time: half the first-level cache
 
-// The largest activation of a vector over the mean magnitude of the others from which on what rounding leaves counts:
-// until then it is less than what the dtype itself rounds off an output.
+// What rounding leaves of a vector's activations counts if most of them are smaller than the largest by more than this;
+// else it is less than what the dtype itself rounds off an output. A mean would miss that where two are large.
 template <class T>
 constexpr float kWide = 8.0f;
 template <>
@@ -75,13 +75,11 @@ BNB_INLINE void order_integers(const int32_t* integers, int16_t* target) {
 template <class T>
 bool pack_integers(const T* source, float code_unit, IntegerVector& target) {
     static_assert(kVectorCodes == kIntegerSteps * 2 * kWidth);
-    F32 values[kWordCodes], sum = broadcast(0.0f);
+    F32 values[kWordCodes];
     I32 largest_bits = broadcast(int32_t(0));
     for (int i = 0; i < kWordCodes; ++i) {
         values[i] = load(source + i * kWidth);
-        const I32 magnitude = magnitude_bits(values[i]);
-        largest_bits = max(largest_bits, magnitude);
-        sum = sum + from_bits(magnitude);
+        largest_bits = max(largest_bits, magnitude_bits(values[i]));
     }
     const auto bits_of_largest = static_cast<uint32_t>(reduce_max(largest_bits));
     const float largest = bits_float(bits_of_largest), power = bits_float(bits_of_largest & 0x7f800000u);
@@ -90,7 +88,6 @@ bool pack_integers(const T* source, float code_unit, IntegerVector& target) {
         return true;
     }
     if (!(largest >= kLeastLargest && largest <= kMostLargest)) return false;
-    target.is_wide = largest * (kVectorCodes - 1) > kWide<T> * (reduce_add(sum) - largest);
     target.unit = power / kLeadingUnits * code_unit;
     const F32 scale = broadcast(kLeadingUnits / power);
     int32_t integers[kVectorCodes], rest[kVectorCodes];
@@ -100,6 +97,12 @@ bool pack_integers(const T* source, float code_unit, IntegerVector& target) {
         store_words(integers + i * kWidth, integer);
         store_words(rest + i * kWidth, round_to_int((units - to_floats(integer)) * broadcast(kRestUnits)));
     }
+    const auto small = static_cast<int32_t>(kLeadingUnits / power * largest / kWide<T>);
+    int32_t rounded = 0;
+    for (int i = 0; i < kVectorCodes; ++i) {
+        rounded += (rest[i] != 0) & (integers[i] < small) & (integers[i] > -small);
+    }
+    target.is_wide = rounded > kVectorCodes / 2;
     order_integers(integers, target.values);
     if (target.is_wide) order_integers(rest, target.rest);
     return true;
